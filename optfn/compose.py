@@ -1,0 +1,264 @@
+"""Putting transformations together: one after the other, on some of the leaves, on each its own."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+from optfn import tree
+from optfn.core import GradientTransformation, is_elementwise, transformation
+from optfn.leafwise import stateless_with_tree_map
+
+__all__ = ["MaskedState", "PartitionState", "chain", "freeze", "masked", "maximize", "named_chain", "negate_if", "partition"]
+
+Mask = Any
+"""A tree of bools (or labels) with the structure of the params, a prefix of it, or a function ``(path, leaf) -> bool or label``."""
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """Apply transformations one after the other: each is handed the updates of the one before.
+
+    Args:
+        transformations: any number of pairs; with none the updates pass unchanged.
+
+    Returns:
+        A transformation whose state is the tuple of their states, and which hands ``params`` and every extra
+        argument to each of them.
+
+    Example:
+        >>> tx = chain(optfn.clip(1.0), optfn.scale(-0.1))
+        >>> tx.update({"w": torch.tensor([5.0, 0.5])}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([-0.1000, -0.0500])}
+    """
+    for tx in transformations:
+        _check_pair(tx, "chain")
+
+    def init(params: Any) -> tuple[Any, ...]:
+        tree.checked(params, "params")
+        return tuple(tx.init(params) for tx in transformations)
+
+    def update(updates: Any, state: tuple[Any, ...], params: Any = None, **extra: Any) -> tuple[Any, tuple[Any, ...]]:
+        if len(state) != len(transformations):
+            raise ValueError(f"chain of {len(transformations)} transformations got a state of {len(state)}: make it with this init")
+        new: list[Any] = []
+        for tx, s in zip(transformations, state, strict=True):
+            updates, s = tx.update(updates, s, params, **extra)
+            new.append(s)
+        return updates, tuple(new)
+
+    return transformation(init, update, elementwise=all(map(is_elementwise, transformations)))
+
+
+def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:
+    """As :func:`chain`, with a state that is a dict: ``optfn.tree.get(state, "name.mu")`` finds a part by name.
+
+    Args:
+        transformations: pairs ``(name, transformation)`` with distinct names.
+
+    Raises:
+        ValueError: a name appears twice.
+
+    Example:
+        >>> tx = named_chain(("clip", optfn.clip(1.0)), ("adam", optfn.scale_by_adam()))
+        >>> optfn.tree.get(tx.init({"w": torch.zeros(2)}), "adam.slots.mu")
+        {'w': tensor([0., 0.])}
+    """
+    names = [name for name, _ in transformations]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"named_chain: the name {name!r} appears twice")
+    inner = chain(*(tx for _, tx in transformations))
+
+    def init(params: Any) -> dict[str, Any]:
+        return dict(zip(names, inner.init(params), strict=True))
+
+    def update(updates: Any, state: dict[str, Any], params: Any = None, **extra: Any) -> tuple[Any, dict[str, Any]]:
+        updates, new = inner.update(updates, tuple(state[name] for name in names), params, **extra)
+        return updates, dict(zip(names, new, strict=True))
+
+    return transformation(init, update, elementwise=is_elementwise(inner))
+
+
+class MaskedState(NamedTuple):
+    """The state of :func:`masked`.
+
+    Attributes:
+        inner_state: the inner transformation's, which holds nothing for the leaves that it does not see.
+    """
+
+    inner_state: Any
+
+
+def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
+    """Apply a transformation to the leaves that a mask chooses; the updates of the others *pass as they are*.
+
+    The inner transformation sees the others as None and holds no state for them. Passing is what a mask inside a
+    chain needs (``masked(add_decayed_weights(0.1), matrices)``); ``masked(sgd(...), mask)`` alone would *add the gradients*
+    of the other leaves to them: there use :func:`partition` with :func:`freeze`.
+
+    Args:
+        inner: the transformation.
+        mask: True for the leaves it applies to: a tree or prefix of bools, or a function ``(path, leaf) -> bool``, which
+            may use the dotted path, the shape and the dtype, never the values.
+
+    Raises:
+        ValueError: the mask's structure is no prefix of the params'.
+        TypeError: an entry of the mask is no bool.
+
+    Example:
+        >>> tx = masked(optfn.scale(10.0), lambda path, p: p.ndim >= 2)
+        >>> tx.update({"w": torch.ones(1, 2), "b": torch.ones(1)}, MaskedState(()))[0]
+        {'w': tensor([[10., 10.]]), 'b': tensor([1.])}
+    """
+    _check_pair(inner, "masked")
+
+    def init(params: Any) -> MaskedState:
+        return MaskedState(inner.init(_only(True, _resolve(mask, params, "mask", bool), params)))
+
+    def update(updates: Any, state: MaskedState, params: Any = None, **extra: Any) -> tuple[Any, MaskedState]:
+        chosen = _resolve(mask, updates if params is None else params, "mask", bool)
+        seen = None if params is None else _only(True, chosen, params)
+        new, inner_state = inner.update(_only(True, chosen, updates), state.inner_state, seen, **extra)
+        return _choose(updates, [(True, new)], chosen), MaskedState(inner_state)
+
+    return transformation(init, update, elementwise=is_elementwise(inner))
+
+
+class PartitionState(NamedTuple):
+    """The state of :func:`partition`.
+
+    Attributes:
+        inner_states: label to the state of its transformation, which holds nothing for the other labels' leaves.
+    """
+
+    inner_states: dict[Hashable, Any]
+
+
+def partition(transformations: Mapping[Hashable, GradientTransformation], labels: Mask) -> GradientTransformation:
+    """Give each leaf to the transformation that its label names.
+
+    Args:
+        transformations: label to transformation.
+        labels: a tree or prefix of labels, or a function ``(path, leaf) -> label``, which may use the dotted path, the
+            shape and the dtype, never the values.
+
+    Raises:
+        ValueError: at ``init``: a leaf has a label that no transformation has, or a transformation has a label that no leaf has.
+
+    Example:
+        >>> tx = partition({"train": optfn.sgd(lr=0.1), "frozen": optfn.freeze()},
+        ...                lambda path, p: "train" if path == "head" else "frozen")
+        >>> params = {"head": torch.ones(1), "body": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'head': tensor([-0.1000]), 'body': None}
+    """
+    for tx in transformations.values():
+        _check_pair(tx, "partition")
+
+    def init(params: Any) -> PartitionState:
+        owners = _resolve(labels, params, "labels")
+        used = {label: path for path, label in zip(tree.paths(params), tree.flatten(owners)[0], strict=True) if label is not None}
+        known = ", ".join(map(repr, transformations))
+        for label, path in used.items():
+            if label not in transformations:
+                raise ValueError(f"partition: {path!r} has the label {label!r}, which is none of {known}")
+        for label in transformations:
+            if label not in used:
+                raise ValueError(
+                    f"partition: no leaf has the label {label!r}; the labels are {', '.join(map(repr, used)) or 'none'}"
+                )
+        return PartitionState({label: tx.init(_only(label, owners, params)) for label, tx in transformations.items()})
+
+    def update(updates: Any, state: PartitionState, params: Any = None, **extra: Any) -> tuple[Any, PartitionState]:
+        owners = _resolve(labels, updates if params is None else params, "labels")
+        parts: list[tuple[Hashable, Any]] = []
+        states: dict[Hashable, Any] = {}
+        for label, tx in transformations.items():
+            seen = None if params is None else _only(label, owners, params)
+            part, states[label] = tx.update(_only(label, owners, updates), state.inner_states[label], seen, **extra)
+            parts.append((label, part))
+        return _choose(updates, parts, owners), PartitionState(states)
+
+    return transformation(init, update, elementwise=all(map(is_elementwise, transformations.values())))
+
+
+def freeze(mask: Mask = True) -> GradientTransformation:
+    """Make leaves sit the step out: their update becomes None, so nothing after it changes them or their state.
+
+    Args:
+        mask: *True for the leaves to freeze* (the opposite of :func:`masked`); by default all. As in :func:`masked`.
+
+    Example:
+        >>> tx = chain(freeze({"w": True, "b": False}), optfn.sgd(lr=0.1))
+        >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'w': None, 'b': tensor([-0.1000])}
+    """
+
+    def init(params: Any) -> tuple[()]:
+        _resolve(mask, params, "mask", bool)
+        return ()
+
+    def update(updates: Any, state: tuple[()], params: Any = None, **extra: Any) -> tuple[Any, tuple[()]]:
+        return _only(False, _resolve(mask, updates if params is None else params, "mask", bool), updates), state
+
+    return transformation(init, update, elementwise=True)
+
+
+def maximize(inner: GradientTransformation) -> GradientTransformation:
+    """Run a transformation on the negated gradients: its updates go uphill. Weight decay still pulls to zero.
+
+    Example:
+        >>> tx = maximize(optfn.sgd(lr=0.5))
+        >>> tx.update(torch.tensor([2.0]), tx.init(torch.zeros(1)))[0]
+        tensor([1.])
+    """
+    return chain(negate_if(True), inner)
+
+
+def negate_if(flag: bool) -> GradientTransformation:
+    """The first link of an alias with a ``maximize`` argument: negated gradients if it is set, else nothing.
+
+    Example:
+        >>> negate_if(True).update(torch.ones(1), ())[0]
+        tensor([-1.])
+    """
+    return stateless_with_tree_map(lambda g, p: -g, sparse="values") if flag else chain()
+
+
+def _check_pair(tx: Any, owner: str) -> None:
+    if not isinstance(tx, GradientTransformation):
+        raise TypeError(f"{owner} takes transformations, (init, update) pairs such as optfn.adam() gives, got {type(tx).__name__}")
+
+
+def _resolve(mask: Mask, like: Any, name: str, kind: type | None = None) -> Any:
+    """The mask as a tree with one entry for each leaf of ``like``, None where that is None."""
+    leaves, spec = tree.flatten(like)
+    if callable(mask):
+        function: Callable[[str, Any], Any] = mask
+        entries = [None if x is None else function(path, x) for path, x in zip(tree.paths(like), leaves, strict=True)]
+    else:
+        entries = _broadcast(mask, like, name)
+        entries = [None if x is None else entry for entry, x in zip(entries, leaves, strict=True)]
+    for i, entry in enumerate(entries):
+        if kind is not None and entry is not None and not isinstance(entry, kind):
+            raise TypeError(f"{name}: {tree.paths(like)[i]!r} must be a {kind.__name__}, got {type(entry).__name__}")
+    return tree.unflatten(spec, entries)
+
+
+def _broadcast(prefix: Any, like: Any, name: str) -> list[Any]:
+    entries, spec = tree.flatten(prefix)
+    below = tree.match(spec, like, "params", name)
+    return [entry for entry, part in zip(entries, below, strict=True) for _ in tree.flatten(part)[0]]
+
+
+def _only(label: Hashable, labels: Any, of: Any) -> Any:
+    """A tree with None in place of the leaves that have another label."""
+    return tree.map(lambda mine, x: x if mine == label else None, labels, of)
+
+
+def _choose(updates: Any, parts: list[tuple[Hashable, Any]], labels: Any) -> Any:
+    """For each leaf the entry of the part whose label it has; the update as it came where there is none."""
+
+    def pick(old: Any, mine: Any, *new: Any) -> Any:
+        return next((x for (label, _), x in zip(parts, new, strict=True) if mine == label), old)
+
+    return tree.map(pick, updates, labels, *(part for _, part in parts))

@@ -1,0 +1,148 @@
+"""Arithmetic that rules share: bias corrections, roots with a finite derivative at zero, norms, dtypes.
+
+Everything here is written for one tensor and traces, batches (``vmap``) and differentiates.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "as_complex",
+    "as_real",
+    "bias_correction",
+    "compute_dtype",
+    "debias",
+    "global_norm",
+    "lerp",
+    "norm",
+    "sqrt",
+]
+
+
+def bias_correction(decay: float | Tensor, step: Tensor) -> Tensor:
+    r"""The weight that a moment has gathered after ``step`` steps: :math:`1 - \beta^t`.
+
+    Computed as :math:`-\mathrm{expm1}(t \log \beta)`, which keeps all digits where
+    :math:`1 - \beta^t` in float32 loses five of them at :math:`t = 1`.
+
+    Args:
+        decay: :math:`\beta` in ``[0, 1)``, a number or a 0-dim tensor.
+        step: :math:`t \ge 1`, a 0-dim tensor of the dtype to compute in.
+
+    Example:
+        >>> bias_correction(0.999, torch.tensor(1.0))
+        tensor(0.0010)
+    """
+    if isinstance(decay, Tensor):
+        return -torch.expm1(step * torch.log(decay))
+    if decay == 0:
+        return torch.ones_like(step)
+    return -torch.expm1(step * math.log(decay))
+
+
+def debias(moment: Tensor, decay: float | Tensor, step: Tensor) -> Tensor:
+    r"""A moment that began at zero, corrected: :math:`\hat m = m / (1 - \beta^t)`.
+
+    Args:
+        moment: an exponential moving average that began at zero, of any shape.
+        decay: its :math:`\beta` in ``[0, 1)``.
+        step: the number of values in it, :math:`t \ge 1`, a 0-dim tensor.
+
+    Example:
+        >>> debias(torch.tensor([0.1, 0.2]), 0.9, torch.tensor(1.0))
+        tensor([1., 2.])
+    """
+    return moment / bias_correction(decay, step)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """The square root, with derivative 0 at 0 and below, where the true one is infinite.
+
+    Values under the smallest normal number of the dtype (``torch.finfo(dtype).tiny``) count as that
+    number, so the root of 0 is about 1e-19 in float32 and 1e-154 in float64, and a difference
+    of two moments that rounding made negative has a root, not NaN.
+
+    Example:
+        >>> torch.func.grad(sqrt)(torch.tensor(0.0))
+        tensor(0.)
+    """
+    return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def lerp(start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+    """``start + weight * (end - start)``, where a tensor weight may have another dtype.
+
+    Example:
+        >>> lerp(torch.zeros(2), torch.ones(2), torch.tensor(0.25, dtype=torch.float64))
+        tensor([0.2500, 0.2500])
+    """
+    if start.dtype != end.dtype:
+        wide = torch.promote_types(start.dtype, end.dtype)
+        start, end = start.to(wide), end.to(wide)
+    return torch.lerp(start, end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def norm(x: Tensor, order: float = 2.0) -> Tensor:
+    """The vector norm of all entries of one tensor, in float32 or wider; a sparse tensor counts its sum of entries once.
+
+    Its derivative at zero is 0, forward and backward.
+
+    Example:
+        >>> norm(torch.tensor([3.0, 4.0], dtype=torch.bfloat16))
+        tensor(5.)
+    """
+    if x.layout == torch.sparse_coo:
+        x = x.coalesce().values()
+    return torch.linalg.vector_norm(x, order, dtype=compute_dtype(x))
+
+
+def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
+    """The vector norm of all entries of all tensors: the norm of the stacked norms, in the widest of their dtypes.
+
+    Example:
+        >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    norms = [norm(x, order) for x in tensors]
+    if not norms:
+        return torch.zeros(())
+    dtype, device = norms[0].dtype, norms[0].device
+    for x in norms[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return torch.linalg.vector_norm(torch.stack([x.to(device=device, dtype=dtype) for x in norms]), order)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that the math of these tensors runs in: the widest of theirs, and float32 at least.
+
+    Example:
+        >>> compute_dtype(torch.ones(2, dtype=torch.bfloat16))
+        torch.float32
+    """
+    dtype = torch.float32
+    for x in tensors:
+        if x is not None:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor as real and imaginary part in a last dimension of 2; any other tensor as it is.
+
+    Example:
+        >>> as_real(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """The inverse of :func:`as_real` for a tensor that was complex; the last dimension must be 2.
+
+    Example:
+        >>> as_complex(torch.tensor([[1.0, 2.0]]))
+        tensor([1.+2.j])
+    """
+    return torch.view_as_complex(x)

@@ -1,0 +1,192 @@
+"""Adam and its variants: AdamW, AMSGrad, Nesterov's look-ahead, and the epsilon-hat form."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optfn.checks import number
+from optfn.compose import chain, negate_if
+from optfn.core import GradientTransformation, identity
+from optfn.leafwise import leafwise
+from optfn.numerics import bias_correction, debias, lerp, sqrt
+from optfn.schedules import Schedule
+from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.scaling import scale_by_learning_rate
+
+__all__ = ["AdamSlots", "adam", "adamw", "scale_by_adam"]
+
+
+class AdamSlots(NamedTuple):
+    """Slots of :func:`scale_by_adam` for one tensor, each with its shape.
+
+    Attributes:
+        mu: first moment.
+        nu: second moment.
+        nu_max: largest second moment so far; ``()`` without AMSGrad.
+    """
+
+    mu: Tensor
+    nu: Tensor
+    nu_max: Tensor | tuple[()] = ()
+
+
+def scale_by_adam(
+    b1: float | Tensor = 0.9,
+    b2: float | Tensor = 0.999,
+    eps: float | Tensor = 1e-8,
+    eps_root: float | Tensor = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    *,
+    nesterov: bool = False,
+    amsgrad: bool | Literal["debiased"] = False,
+    eps_hat: bool = False,
+) -> GradientTransformation:
+    r"""Rescale updates by Adam.
+
+    .. math::
+        \mu_t &= \beta_1 \mu_{t-1} + (1 - \beta_1)\, g_t, &
+        \nu_t &= \beta_2 \nu_{t-1} + (1 - \beta_2)\, g_t^2, \\
+        \hat\mu_t &= \mu_t / (1 - \beta_1^t), &
+        \hat\nu_t &= \nu_t / (1 - \beta_2^t), \qquad
+        u_t = \hat\mu_t / (\sqrt{\hat\nu_t + \bar\epsilon} + \epsilon)
+
+    Args:
+        b1: :math:`\beta_1` in ``[0, 1)``, decay of the first moment.
+        b2: :math:`\beta_2` in ``[0, 1)``, decay of the second moment.
+        eps: :math:`\epsilon \ge 0`, in the units of the gradient.
+        eps_root: :math:`\bar\epsilon \ge 0`, in the units of the squared gradient.
+        mu_dtype: dtype of the first moment; the parameter's if None.
+        nesterov: use :math:`\beta_1 \hat\mu_{t+1} + (1 - \beta_1) g_t / (1 - \beta_1^t)` for :math:`\hat\mu_t`, where
+            :math:`\hat\mu_{t+1} = \mu_t / (1 - \beta_1^{t+1})`, as in Optax.
+        amsgrad: divide by the largest :math:`\nu` so far: True takes the maximum before the bias correction, as torch
+            does; ``"debiased"`` takes it after, as Optax does.
+        eps_hat: the form of the end of the paper's section 2, where :math:`\epsilon` is not bias-corrected with the second
+            moment: :math:`u_t = \sqrt{1 - \beta_2^t}\, \hat\mu_t / (\sqrt{\nu_t} + \epsilon)`.
+
+    Moments have the parameter's shape and dtype. A step is differentiable, also where the gradient is 0.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, algorithm 1; Reddi, Kale and Kumar, `On the Convergence
+        of Adam and Beyond <https://arxiv.org/abs/1904.09237>`_, 2018, algorithm 2 (AMSGrad); Dozat, `Incorporating
+        Nesterov Momentum into Adam <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
+
+    Example:
+        >>> tx = scale_by_adam()
+        >>> updates, state = tx.update({"w": torch.tensor([3.0, -0.1])}, tx.init({"w": torch.zeros(2)}))
+        >>> updates
+        {'w': tensor([ 1.0000, -1.0000])}
+    """
+    b1, b2 = number("b1", b1, at_least=0, below=1), number("b2", b2, at_least=0, below=1)
+    eps, eps_root = number("eps", eps, at_least=0), number("eps_root", eps_root, at_least=0)
+    if amsgrad not in (False, True, "debiased"):
+        raise ValueError(f"amsgrad must be False, True or 'debiased', got {amsgrad!r}")
+
+    def init(p: Tensor) -> AdamSlots:
+        zeros = torch.zeros_like(p)
+        return AdamSlots(torch.zeros_like(p, dtype=mu_dtype), zeros, zeros.clone() if amsgrad else ())
+
+    def update(g: Tensor, slots: AdamSlots, p: Any, step: Tensor) -> tuple[Tensor, AdamSlots]:
+        mu = lerp(slots.mu, g, 1 - b1)
+        nu = b2 * slots.nu + (1 - b2) * g.square()
+        first, second, nu_max = debias(mu, b1, step), debias(nu, b2, step), slots.nu_max
+        if isinstance(nu_max, Tensor):
+            nu_max = torch.maximum(nu_max, second if amsgrad == "debiased" else nu)
+            second = nu_max if amsgrad == "debiased" else debias(nu_max, b2, step)
+        if nesterov:
+            first = b1 * debias(mu, b1, step + 1) + (1 - b1) * debias(g, b1, step)
+        offset = eps / bias_correction(b2, step).sqrt() if eps_hat else eps
+        return first / (sqrt(second + eps_root) + offset), AdamSlots(mu, nu, nu_max)
+
+    return leafwise(init, update, elementwise=True)
+
+
+def adam(
+    lr: float | Tensor | Schedule = 1e-3,
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+    eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 0.0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    mask: Any = None,
+) -> GradientTransformation:
+    r"""Adam: :class:`torch.optim.Adam`.
+
+    .. math::
+        g_t \leftarrow g_t + \lambda p_{t-1}, \qquad p_t = p_{t-1} - \gamma\, \mathrm{adam}(g_t)
+
+    Args:
+        lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
+        betas: :math:`(\beta_1, \beta_2)`, each in ``[0, 1)``, see :func:`scale_by_adam`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend instead; the decay still pulls to 0.
+        decoupled_weight_decay: decay as :func:`adamw` does, not by L2.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        See :func:`scale_by_adam`.
+
+    Example:
+        >>> tx = adam(lr=0.1)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([5.0])}, tx.init(params), params)
+        >>> optfn.apply_updates(params, updates)
+        {'w': tensor([0.9000])}
+    """
+    decay = add_decayed_weights(weight_decay, mask)
+    return chain(
+        negate_if(maximize),
+        identity() if decoupled_weight_decay else decay,
+        scale_by_adam(*betas, eps=eps, amsgrad=amsgrad),
+        decay if decoupled_weight_decay else identity(),
+        scale_by_learning_rate(lr),
+    )
+
+
+def adamw(
+    lr: float | Tensor | Schedule = 1e-3,
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+    eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    mask: Any = None,
+) -> GradientTransformation:
+    r"""Adam with decoupled weight decay: :class:`torch.optim.AdamW`.
+
+    .. math:: p_t = p_{t-1} - \gamma\, (\mathrm{adam}(g_t) + \lambda p_{t-1})
+
+    Args:
+        lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
+        betas: :math:`(\beta_1, \beta_2)`, each in ``[0, 1)``, see :func:`scale_by_adam`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend instead; the decay still pulls to 0.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2017, algorithm 2.
+
+    Example:
+        >>> tx = adamw(lr=0.1, weight_decay=0.5)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([5.0])}, tx.init(params), params)
+        >>> optfn.apply_updates(params, updates)
+        {'w': tensor([0.8500])}
+    """
+    return adam(lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True, mask=mask)

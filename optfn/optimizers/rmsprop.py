@@ -1,0 +1,135 @@
+"""RMSprop, plain and centered."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optfn.checks import is_zero, number
+from optfn.compose import chain, negate_if
+from optfn.core import GradientTransformation, identity
+from optfn.leafwise import leafwise
+from optfn.numerics import debias, lerp, sqrt
+from optfn.schedules import Schedule
+from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.momentum import trace
+from optfn.transforms.scaling import scale_by_learning_rate
+
+__all__ = ["RmsSlots", "rmsprop", "scale_by_rms"]
+
+
+class RmsSlots(NamedTuple):
+    """Slots of :func:`scale_by_rms` for one tensor, each with its shape.
+
+    Attributes:
+        nu: average of the squared gradient.
+        mu: average of the gradient; ``()`` unless centered.
+    """
+
+    nu: Tensor
+    mu: Tensor | tuple[()] = ()
+
+
+def scale_by_rms(
+    decay: float | Tensor = 0.9,
+    eps: float | Tensor = 1e-8,
+    initial_scale: float | Tensor = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+    *,
+    centered: bool = False,
+) -> GradientTransformation:
+    r"""Rescale updates by the root of a moving average of the squared gradient.
+
+    .. math::
+        \nu_t = \alpha\, \nu_{t-1} + (1 - \alpha)\, g_t^2, \qquad
+        \mu_t = \alpha\, \mu_{t-1} + (1 - \alpha)\, g_t, \qquad
+        u_t = g_t / \sqrt{\nu_t\, [- \mu_t^2] + \epsilon}
+
+    Args:
+        decay: :math:`\alpha` in ``[0, 1]``.
+        eps: :math:`\epsilon \ge 0`, in the units of the squared gradient (of the gradient without ``eps_in_sqrt``).
+        initial_scale: :math:`\nu_0 \ge 0`.
+        eps_in_sqrt: whether :math:`\epsilon` is under the root, as in Optax; False is torch's form,
+            :math:`\sqrt{\cdot} + \epsilon`.
+        bias_correction: whether the averages are divided by :math:`1 - \alpha^t`.
+        centered: whether :math:`\mu_t^2` is subtracted (Optax's ``scale_by_stddev``).
+
+    The averages have the parameter's shape and dtype.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        Tieleman and Hinton, `Lecture 6.5, rmsprop <https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_,
+        2012; Graves, `Generating Sequences With Recurrent Neural Networks <https://arxiv.org/abs/1308.0850>`_, 2013,
+        equations 38 to 41 (centered).
+
+    Example:
+        >>> tx = scale_by_rms(decay=0.75)
+        >>> tx.update(torch.tensor([3.0, -0.1]), tx.init(torch.zeros(2)))[0]
+        tensor([ 2.0000, -2.0000])
+    """
+    alpha, eps = number("decay", decay, at_least=0, at_most=1), number("eps", eps, at_least=0)
+    start = number("initial_scale", initial_scale, at_least=0)
+
+    def init(p: Tensor) -> RmsSlots:
+        return RmsSlots(torch.zeros_like(p) + start, torch.zeros_like(p) if centered else ())
+
+    def update(g: Tensor, slots: RmsSlots, p: Any, step: Tensor) -> tuple[Tensor, RmsSlots]:
+        nu, mu = alpha * slots.nu + (1 - alpha) * g.square(), slots.mu
+        variance = debias(nu, alpha, step) if bias_correction else nu
+        if isinstance(mu, Tensor):
+            mu = lerp(mu, g, 1 - alpha)
+            variance = variance - (debias(mu, alpha, step) if bias_correction else mu).square()
+        root = sqrt(variance + eps) if eps_in_sqrt else sqrt(variance) + eps
+        return g / root, RmsSlots(nu, mu)
+
+    return leafwise(init, update, elementwise=True)
+
+
+def rmsprop(
+    lr: float | Tensor | Schedule = 1e-2,
+    alpha: float | Tensor = 0.99,
+    eps: float | Tensor = 1e-8,
+    weight_decay: float | Tensor = 0.0,
+    momentum: float | Tensor = 0.0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    r"""RMSprop: :class:`torch.optim.RMSprop`.
+
+    .. math::
+        g_t \leftarrow g_t + \lambda p_{t-1}, \qquad
+        p_t = p_{t-1} - \gamma\, \mathrm{trace}_m(\mathrm{rms}(g_t))
+
+    Args:
+        lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
+        alpha: decay of the averages in ``[0, 1]``.
+        eps: :math:`\epsilon \ge 0`, outside the root.
+        weight_decay: L2 coefficient :math:`\lambda \ge 0`.
+        momentum: :math:`m \ge 0`, of the rescaled gradient; the number 0 leaves :func:`trace` out.
+        centered: whether to divide by an estimate of the standard deviation.
+        maximize: ascend instead.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        See :func:`scale_by_rms`.
+
+    Example:
+        >>> tx = rmsprop(lr=0.1, alpha=0.75)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([5.0])}, tx.init(params), params)
+        >>> optfn.apply_updates(params, updates)
+        {'w': tensor([0.8000])}
+    """
+    return chain(
+        negate_if(maximize),
+        add_decayed_weights(weight_decay),
+        scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered),
+        identity() if is_zero(momentum) else trace(momentum),
+        scale_by_learning_rate(lr),
+    )

@@ -1,0 +1,1 @@
+"""Blocks that are no algorithm of their own."""

@@ -1,0 +1,41 @@
+"""Weight decay."""
+
+from typing import Any
+
+from torch import Tensor
+
+from optfn.checks import is_zero, number
+from optfn.compose import masked
+from optfn.core import GradientTransformation, identity
+from optfn.leafwise import stateless_with_tree_map
+
+__all__ = ["add_decayed_weights"]
+
+
+def add_decayed_weights(weight_decay: float | Tensor = 0.0, mask: Any = None) -> GradientTransformation:
+    r"""Add a multiple of the parameters: :math:`u + \lambda p`.
+
+    Before the algorithm this is L2 regularisation, between the algorithm and the learning rate it is decoupled decay.
+
+    Args:
+        weight_decay: :math:`\lambda \ge 0`; the number 0 leaves the updates alone.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
+
+    Raises:
+        TypeError: from ``update``: ``params`` is missing, or a gradient is sparse.
+        ValueError: a negative ``weight_decay``.
+
+    Reference:
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2017.
+
+    Example:
+        >>> tx = add_decayed_weights(0.1, mask=lambda path, p: p.ndim >= 2)
+        >>> params = {"w": torch.ones(1, 1), "b": torch.ones(1)}
+        >>> tx.update({"w": torch.zeros(1, 1), "b": torch.zeros(1)}, tx.init(params), params)[0]
+        {'w': tensor([[0.1000]]), 'b': tensor([0.])}
+    """
+    decay = number("weight_decay", weight_decay, at_least=0)
+    if is_zero(decay):
+        return identity()
+    tx = stateless_with_tree_map(lambda g, p: g + decay * p, needs_params=True)
+    return tx if mask is None else masked(tx, mask)

@@ -1,0 +1,101 @@
+"""Blocks that multiply the updates: by a number, by a schedule, by the learning rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optfn import tree
+from optfn.checks import number, scalar_or_schedule
+from optfn.core import GradientTransformation, transformation
+from optfn.leafwise import stateless_with_tree_map
+from optfn.schedules import Schedule
+
+__all__ = ["ScaleByScheduleState", "scale", "scale_by_learning_rate", "scale_by_schedule"]
+
+
+def scale(step_size: float | Tensor) -> GradientTransformation:
+    """Multiply every update by a number.
+
+    Args:
+        step_size: any number, or a 0-dim tensor.
+
+    Example:
+        >>> scale(-0.5).update({"w": torch.tensor([2.0])}, ())[0]
+        {'w': tensor([-1.])}
+    """
+    step_size = number("step_size", step_size)
+    return stateless_with_tree_map(lambda g, p: step_size * g, sparse="values")
+
+
+class ScaleByScheduleState(NamedTuple):
+    """The state of :func:`scale_by_schedule` and of a scheduled :func:`scale_by_learning_rate`.
+
+    Attributes:
+        count: the updates so far, a 0-dim int64 tensor.
+        value: the schedule's value in the last update (before the first one, the value it will have), a 0-dim tensor.
+    """
+
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    value: Tensor
+
+    _derived = ("value",)
+
+
+def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
+    """Multiply every update by a schedule of this transformation's own step, which is 0 in the first update.
+
+    Args:
+        step_size_fn: ``step_size_fn(count) -> factor``, see :mod:`optfn.schedules`.
+
+    Example:
+        >>> tx = scale_by_schedule(optfn.linear_schedule(1.0, 0.0, 2))
+        >>> state = tx.init(torch.ones(1))
+        >>> for _ in range(3):
+        ...     update, state = tx.update(torch.ones(1), state)
+        ...     print(update)
+        tensor([1.])
+        tensor([0.5000])
+        tensor([0.])
+    """
+    return _scheduled(step_size_fn, lambda value: value)
+
+
+def _scheduled(schedule: Schedule, factor: Callable[[Tensor], Tensor]) -> GradientTransformation:
+    def value_at(count: Tensor) -> Tensor:
+        return torch.as_tensor(schedule(count), device=count.device)
+
+    def init(params: Any) -> ScaleByScheduleState:
+        count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
+        return ScaleByScheduleState(count, value_at(count).clone())
+
+    def update(updates: Any, state: ScaleByScheduleState, params: Any = None, **extra: Any) -> tuple[Any, ScaleByScheduleState]:
+        value = value_at(state.count)
+        updates, _ = scale(factor(value)).update(updates, ())
+        return updates, ScaleByScheduleState(state.count + 1, value)
+
+    return transformation(init, update, elementwise=True)
+
+
+def scale_by_learning_rate(learning_rate: float | Tensor | Schedule, *, flip_sign: bool = True) -> GradientTransformation:
+    """Multiply every update by minus the learning rate: the last link of a chain that descends.
+
+    Args:
+        learning_rate: at least 0: a number, a 0-dim tensor, or a schedule of this transformation's own step. The rate that a
+            schedule gave last is ``optfn.tree.get(state, "value")``.
+        flip_sign: False multiplies by plus the learning rate.
+
+    Raises:
+        ValueError: a negative or NaN number, a tensor of more than one element.
+
+    Example:
+        >>> scale_by_learning_rate(0.1).update({"w": torch.tensor([2.0])}, ())[0]
+        {'w': tensor([-0.2000])}
+    """
+    lr: Any = scalar_or_schedule("lr", learning_rate, at_least=0)
+    sign = -1 if flip_sign else 1
+    if callable(lr):
+        schedule: Any = lr
+        return _scheduled(schedule, lambda value: sign * value)
+    return scale(sign * lr)

@@ -1,0 +1,505 @@
+"""Trees of tensors, on optree: dicts, lists, tuples, NamedTuples, nested, with None as a leaf that says "nothing here".
+
+A leaf is named by its dotted path: keys, indices and field names joined by dots (``"blocks.0.attn.weight"``),
+the empty string for a bare tensor. Where a state keeps nothing for a leaf it holds ``()``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optree
+import torch
+from optree.utils import total_order_sorted
+from torch import Tensor
+
+from optfn import numerics
+
+__all__ = [
+    "cast",
+    "flatten",
+    "from_flat_dict",
+    "get",
+    "global_norm",
+    "leaves",
+    "map",
+    "map_params",
+    "map_with_path",
+    "match",
+    "paths",
+    "set",
+    "subtrees",
+    "to_flat_dict",
+    "unflatten",
+]
+
+NAMESPACE = "optfn"
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree, None among them, and its structure. Keys of a dict are taken in sorted order.
+
+    Example:
+        >>> flatten({"b": 1.0, "a": None})[0]
+        [None, 1.0]
+    """
+    if torch.compiler.is_dynamo_compiling():
+        found: list[Any] = []
+        return found, _Structure(tree, found)
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def unflatten(spec: Any, new_leaves: list[Any]) -> Any:
+    """The tree of structure ``spec``, as :func:`flatten` gives it, with these leaves.
+
+    Example:
+        >>> found, spec = flatten({"b": 1.0, "a": None})
+        >>> unflatten(spec, [2.0, 3.0])
+        {'b': 3.0, 'a': 2.0}
+    """
+    return spec.unflatten(new_leaves)
+
+
+class _Structure:
+    """The structure of a tree, as optree's ``PyTreeSpec``, for Dynamo to trace.
+
+    Dynamo has optree's functions, but fails (torch 2.13) on a dict whose leaves are all constants, as None is; partitions and
+    frozen groups make such dicts. Outside of tracing optree is used: it is faster.
+    """
+
+    def __init__(self, tree: Any, found: list[Any]) -> None:
+        self.kind = type(tree)
+        level = _children(tree)
+        self.leaf = level is None
+        self.names, children, self.rebuild = level or ([], [], list)
+        if self.leaf:
+            found.append(tree)
+        self.parts = [_Structure(child, found) for child in children]
+        self.num_leaves: int = 1 if self.leaf else sum(part.num_leaves for part in self.parts)
+
+    def is_leaf(self) -> bool:
+        return self.leaf
+
+    def unflatten(self, new_leaves: list[Any]) -> Any:
+        if self.leaf:
+            return new_leaves[0]
+        children, start = [], 0
+        for part in self.parts:
+            children.append(part.unflatten(new_leaves[start : start + part.num_leaves]))
+            start += part.num_leaves
+        return self.rebuild(children)
+
+    def flatten_up_to(self, tree: Any) -> list[Any]:
+        if self.leaf:
+            return [tree]
+        level = _children(tree)
+        if level is None or type(tree) is not self.kind or level[0] != self.names:
+            raise ValueError("the structures differ")
+        return [x for part, child in zip(self.parts, level[1], strict=True) for x in part.flatten_up_to(child)]
+
+
+def match(spec: Any, tree: Any, name: str, like: str) -> list[Any]:
+    """Flatten ``tree`` to the structure ``spec``: what stands at each of its leaves, a subtree perhaps.
+
+    Args:
+        spec: a structure as :func:`flatten` gives it.
+        tree: the tree to take apart.
+        name: what to call ``tree`` in an error.
+        like: what to call the owner of ``spec``.
+
+    Raises:
+        ValueError: the structures differ; the message names the leaves that only one of them has.
+
+    Example:
+        >>> match(flatten({"w": 1.0})[1], {"v": 1.0}, "updates", "params")
+        Traceback (most recent call last):
+        ...
+        ValueError: updates must have the structure of params: 'w' is only in params, 'v' is only in updates
+    """
+    try:
+        return spec.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        pass
+    wanted, given = paths(unflatten(spec, [None] * spec.num_leaves)), paths(tree)
+    lacks = next((path for path in wanted if path not in given), None)
+    extra = next((path for path in given if path not in wanted), None)
+    differences = [f"{path!r} is only in {owner}" for path, owner in ((lacks, like), (extra, name)) if path is not None]
+    if not differences:
+        differences = [f"the paths agree, but the containers differ: {like} is {spec}, {name} is {flatten(tree)[1]}"]
+    raise ValueError(f"{name} must have the structure of {like}: {', '.join(differences)}")
+
+
+def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply ``f`` to every leaf of ``tree`` and what stands there in each tree of ``rest``; a None leaf stays None.
+
+    Args:
+        f: called with one leaf of each tree.
+        tree: gives the structure; ``f`` is not called where it holds None.
+        rest: trees of the same structure; a leaf of theirs may be None, and is handed to ``f``.
+
+    Raises:
+        ValueError: a tree of ``rest`` has another structure.
+
+    Example:
+        >>> map(lambda x: 2 * x, {"w": torch.ones(2), "b": None})
+        {'w': tensor([2., 2.]), 'b': None}
+    """
+    first, spec = flatten(tree)
+    others = [match(spec, other, f"tree {i + 2}", "tree 1") for i, other in enumerate(rest)]
+    return unflatten(spec, [None if x is None else f(x, *y) for x, *y in zip(first, *others, strict=True)])
+
+
+def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """As :func:`map`, with the leaf's dotted path as the first argument of ``f``.
+
+    Example:
+        >>> map_with_path(lambda path, x: f"{path}: {tuple(x.shape)}", {"w": torch.ones(2, 3)})
+        {'w': 'w: (2, 3)'}
+    """
+    return map(lambda x, path, *y: f(path, x, *y), tree, unflatten(flatten(tree)[1], paths(tree)), *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree that are not None, in the order of :func:`paths`.
+
+    Example:
+        >>> leaves({"b": torch.ones(1), "a": None})
+        [tensor([1.])]
+    """
+    return [x for x in flatten(tree)[0] if x is not None]
+
+
+def paths(tree: Any) -> list[str]:
+    """The dotted path of every leaf, None leaves among them; a bare tensor's is the empty string.
+
+    Example:
+        >>> paths({"w": [torch.ones(1), None]})
+        ['w.0', 'w.1']
+    """
+    found: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        level = _children(node)
+        if level is None:
+            found.append(path)
+            return
+        for name, child in zip(level[0], level[1], strict=True):
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(tree, "")
+    return found
+
+
+def global_norm(tree: Any, order: float = 2.0) -> Tensor:
+    r"""The vector norm of all entries of all leaves together, :math:`(\sum_i |x_i|^p)^{1/p}`, as a 0-dim tensor.
+
+    Its derivative where all entries are zero is 0. The norm of half-precision leaves is taken in float32.
+
+    Args:
+        tree: tensors of any shape, dense or sparse, real or complex; None counts for nothing.
+        order: :math:`p`, any number that :func:`torch.linalg.vector_norm` takes.
+
+    Example:
+        >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
+        tensor(5.)
+    """
+    return numerics.global_norm(leaves(tree), order)
+
+
+def cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    """Convert floating-point leaves to ``dtype``, complex ones to the complex dtype of that precision.
+
+    Args:
+        tree: tensors; those of an integer dtype or bool stay as they are.
+        dtype: a floating-point dtype; None changes nothing.
+
+    Example:
+        >>> cast({"w": torch.ones(1), "step": torch.zeros((), dtype=torch.int64)}, torch.bfloat16)
+        {'w': tensor([1.], dtype=torch.bfloat16), 'step': tensor(0)}
+    """
+
+    def convert(x: Tensor) -> Tensor:
+        if dtype is None or not (x.is_floating_point() or x.is_complex()):
+            return x
+        return x.to(dtype.to_complex() if x.is_complex() else dtype)
+
+    return map(convert, tree)
+
+
+def _children(node: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]] | None:
+    """One level of a tree: the names of the children, the children, and how to put new ones together; None for a leaf."""
+    if node is None or isinstance(node, Tensor):
+        return None
+    kind = type(node)
+    if kind is dict:
+        keys = total_order_sorted(node)
+        return [str(key) for key in keys], [node[key] for key in keys], lambda new: _like_dict(node, keys, new)
+    if kind is tuple or kind is list:
+        return [str(i) for i in range(len(node))], list(node), kind
+    if isinstance(node, tuple) and hasattr(kind, "_fields"):
+        return list(kind._fields), list(node), lambda new: kind(*new)
+    try:
+        level: Any = optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    found, _, entries, rebuild = level
+    return [str(entry) for entry in entries], list(found), lambda new: rebuild(tuple(new))
+
+
+def _like_dict(old: dict[Any, Any], keys: list[Any], new: list[Any]) -> dict[Any, Any]:
+    values = dict(zip(keys, new, strict=True))
+    return {key: values[key] for key in old}
+
+
+def subtrees(tree: Any) -> list[Any]:
+    """The tree, the parts it is made of, the parts of these, and so on down to the leaves; the larger ones first.
+
+    Example:
+        >>> subtrees((1, [2]))
+        [(1, [2]), 1, [2], 2]
+    """
+    found = [tree]
+    for node in found:
+        level = _children(node)
+        found.extend(level[1] if level else ())
+    return found
+
+
+_MISSING: Any = object()
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
+    """The one part of a nested state (or any tree) that is called ``name``.
+
+    A part is called by a field name, a key or an index; where that is not enough, by the end of its dotted path
+    (``"adam.slots.mu"``). A part inside another that already matched is not looked at.
+
+    Args:
+        tree: a state, however nested.
+        name: a name, or the end of a dotted path.
+        default: returned where nothing has that name.
+
+    Raises:
+        KeyError: nothing has that name (and no default is given), or several parts do; the message lists them.
+
+    Example:
+        >>> tx = optfn.chain(optfn.clip_by_global_norm(1.0), optfn.scale_by_adam())
+        >>> get(tx.init({"w": torch.ones(2)}), "mu")
+        {'w': tensor([0., 0.])}
+    """
+    found: list[tuple[str, Any]] = []
+
+    def walk(node: Any, path: str) -> None:
+        if path and _named(path, name):
+            found.append((path, node))
+            return
+        level = _children(node)
+        for key, child in zip(*level[:2], strict=True) if level else ():
+            walk(child, f"{path}.{key}" if path else key)
+
+    walk(tree, "")
+    if len(found) > 1:
+        where = ", ".join(repr(path) for path, _ in found)
+        raise KeyError(f"{name!r} names several parts: {where}; give more of the path")
+    if not found and default is _MISSING:
+        raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
+    return found[0][1] if found else default
+
+
+def set(tree: Any, /, **parts: Any) -> Any:
+    """A copy of the tree with every part that is called by one of the names replaced.
+
+    Args:
+        tree: a state, however nested.
+        parts: ``name=value``; names as in :func:`get`, a dotted one written ``**{"adam.slots.mu": value}``. Where a
+            tensor stood, a number becomes a tensor of its shape, dtype and device, and a tensor is
+            converted to its dtype and device; where a tree stood, a tree of that structure is wanted.
+
+    Raises:
+        KeyError: nothing has that name.
+        ValueError: the part is computed at each step (a scheduled hyperparameter), so what is put there would be lost;
+            or the new tree has another structure than the old one.
+
+    Example:
+        >>> tx = optfn.inject_hyperparams(optfn.sgd)(lr=0.1)
+        >>> state = set(tx.init(torch.ones(2)), lr=0.01)
+        >>> get(state, "lr")
+        tensor(0.0100, dtype=torch.float64)
+    """
+    used: dict[str, bool] = dict.fromkeys(parts, False)
+
+    def replace(old: Any, name: str, derived: bool) -> Any:
+        if derived:
+            raise ValueError(f"{name!r} is computed at each step: a value set here would be lost; build the transformation with it")
+        used[name] = True
+        value = parts[name]
+        if isinstance(old, Tensor):
+            if isinstance(value, Tensor):
+                return value.to(dtype=old.dtype, device=old.device)
+            return torch.full_like(old, value)
+        match(flatten(old)[1], value, f"the new {name!r}", "the old one")
+        return value
+
+    def walk(node: Any, path: str, derived: bool) -> Any:
+        name = next((name for name in parts if path and _named(path, name)), None)
+        if name is not None:
+            return replace(node, name, derived)
+        level = _children(node)
+        if level is None:
+            return node
+        computed = getattr(type(node), "_derived", ())
+        keys, children, rebuild = level
+        return rebuild(
+            [walk(c, f"{path}.{k}" if path else k, derived or k in computed) for k, c in zip(keys, children, strict=True)]
+        )
+
+    new = walk(tree, "", False)
+    for name, was_used in used.items():
+        if not was_used:
+            raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
+    return new
+
+
+def map_params(f: Callable[..., Any], state: Any, params: Any, *rest: Any, other: Callable[[Any], Any] | None = None) -> Any:
+    """Apply ``f`` to the parts of a state that are shaped like the parameters: moments, averages, accumulators.
+
+    A part is shaped like the parameters if it has their tree structure and holds floating-point tensors, ``None`` or
+    ``()`` (nothing kept for that leaf) at the leaves; where ``params`` is a bare tensor, if it is a tensor of its shape.
+
+    Args:
+        f: called with a leaf of such a part and the leaf of each tree in ``rest`` that stands for the same parameter.
+        state: any nested state.
+        params: the parameters, or any tree of their structure; only the structure and a bare tensor's shape are read.
+        rest: trees of the structure of ``params``; a leaf of theirs may be None.
+        other: called with every other leaf; by default they stay as they are.
+
+    Example:
+        >>> params = {"w": torch.ones(2)}
+        >>> state = optfn.scale_by_adam().init(params)
+        >>> map_params(lambda x: x.to(torch.bfloat16), state, params).slots.mu
+        {'w': tensor([0., 0.], dtype=torch.bfloat16)}
+    """
+    likes, spec = flatten(params)
+    others = [match(spec, tree, f"tree {i + 1} of rest", "params") for i, tree in enumerate(rest)]
+    bare = likes[0].shape if spec.is_leaf() and isinstance(likes[0], Tensor) else None
+
+    def shaped(node: Any) -> list[Any] | None:
+        try:
+            found: list[Any] = spec.flatten_up_to(node)
+        except (ValueError, TypeError):
+            return None
+        tensors = [x for x in found if isinstance(x, Tensor)]
+        if not tensors or not all(isinstance(x, Tensor) or x is None or x == () for x in found):
+            return None
+        fits = all((x.is_floating_point() or x.is_complex()) and (bare is None or x.shape == bare) for x in tensors)
+        return found if fits else None
+
+    def walk(node: Any) -> Any:
+        found = shaped(node)
+        if found is not None:
+            new = [f(x, *y) if isinstance(x, Tensor) else x for x, *y in zip(found, *others, strict=True)]
+            return unflatten(spec, new)
+        level = _children(node)
+        if level is None:
+            return node if other is None or node is None else other(node)
+        return level[2]([walk(child) for child in level[1]])
+
+    return walk(state)
+
+
+def to_flat_dict(tree: Any) -> dict[str, Tensor]:
+    """A state (or any tree) as ``{dotted path: tensor}``: what ``torch.save`` and safetensors store.
+
+    The tensors are detached and contiguous and share memory with the tree's where those are contiguous.
+    None leaves are left out; Python numbers become 0-dim tensors.
+
+    Raises:
+        TypeError: a leaf is neither a tensor, a number nor None.
+        ValueError: two leaves have the same dotted path (``{"a.b": x, "a": {"b": y}}``).
+
+    Example:
+        >>> to_flat_dict(optfn.trace(0.9).init({"w": torch.ones(2)}))
+        {'step': tensor([0]), 'slots.trace.w': tensor([0., 0.])}
+    """
+    flat: dict[str, Tensor] = {}
+    for path, x in zip(paths(tree), flatten(tree)[0], strict=True):
+        if x is None:
+            continue
+        if path in flat:
+            raise ValueError(f"two leaves have the path {path!r}; rename one of them")
+        if isinstance(x, bool | int | float):
+            x = torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else None)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{path!r} must be a tensor, a number or None, got {type(x).__name__}")
+        flat[path] = x.detach().contiguous()
+    return flat
+
+
+def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
+    """The inverse of :func:`to_flat_dict`: the tensors of ``flat`` in the structure of ``like``.
+
+    Nothing is taken before all of it has been checked.
+
+    Args:
+        flat: ``{dotted path: tensor}``, with exactly the leaves of ``like``.
+        like: a state of the structure wanted, such as a fresh ``tx.init(params)``; its tensors give shapes,
+            dtypes and devices (a ``meta`` tensor gives no device).
+
+    Raises:
+        KeyError: a leaf is missing from ``flat``, or ``flat`` has one that ``like`` lacks; all are listed.
+        ValueError: a shape or a dtype differs.
+
+    Example:
+        >>> tx = optfn.trace(0.9)
+        >>> state = tx.init({"w": torch.ones(2)})
+        >>> from_flat_dict(to_flat_dict(state), like=tx.init({"w": torch.zeros(2)}))
+        LeafwiseState(step=tensor([0]), slots=TraceSlots(trace={'w': tensor([0., 0.])}))
+    """
+    found, spec = flatten(like)
+    named = dict(zip(paths(like), found, strict=True))
+    missing = [path for path, x in named.items() if x is not None and path not in flat]
+    extra = [path for path in flat if named.get(path) is None]
+    if missing or extra:
+        said = [
+            f"{what} {', '.join(repr(p) for p in some)}" for what, some in (("missing", missing), ("unexpected", extra)) if some
+        ]
+        raise KeyError(f"the flat dict does not fit: {'; '.join(said)}")
+
+    def take(path: str, old: Any) -> Any:
+        if old is None:
+            return None
+        new = flat[path]
+        if not isinstance(old, Tensor):
+            return type(old)(new.item())
+        if new.shape != old.shape or new.dtype != old.dtype:
+            wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (old, new))
+            raise ValueError(f"{path!r} must be {wanted}, got {given}")
+        return new if old.is_meta else new.to(old.device)
+
+    return unflatten(spec, [take(path, x) for path, x in named.items()])
+
+
+def checked(tree: Any, name: str, *, empty: bool = False) -> tuple[list[Any], Any]:
+    """:func:`flatten`, and an error for what is no tree of tensors: a module, a generator, an empty tree, another leaf.
+
+    Raises:
+        TypeError: a leaf is neither a tensor nor None; a generator or a module stands in place of a tree.
+        ValueError: the tree has no leaves and ``empty`` is False.
+    """
+    found, spec = flatten(tree)
+    for i, x in enumerate(found):
+        if x is None or isinstance(x, Tensor):
+            continue
+        where = f"{name} at {paths(tree)[i]!r}" if not spec.is_leaf() else name
+        if isinstance(x, torch.nn.Module):
+            raise TypeError(f"{where} is a module: pass a tree of tensors, dict(module.named_parameters())")
+        if inspect.isgenerator(x) or hasattr(x, "__next__"):
+            raise TypeError(f"{where} is a generator: pass a tree of tensors, dict(module.named_parameters()) or list(...)")
+        raise TypeError(f"{where} must be a tensor or None, got {type(x).__name__}")
+    if not found and not empty:
+        raise ValueError("optimizer got an empty parameter tree")
+    return found, spec

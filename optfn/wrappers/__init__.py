@@ -1,0 +1,1 @@
+"""What changes when or how an inner transformation runs."""

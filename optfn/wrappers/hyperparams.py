@@ -1,0 +1,135 @@
+"""Hyperparameters as tensors in the state: to read, to set, to schedule, to sweep, to learn."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optfn import tree
+from optfn.checks import is_zero
+from optfn.core import GradientTransformation, is_elementwise, transformation
+
+__all__ = ["InjectHyperparamsState", "inject_hyperparams"]
+
+
+class InjectHyperparamsState(NamedTuple):
+    """The state of :func:`inject_hyperparams`.
+
+    Attributes:
+        count: the updates so far, a 0-dim int64 tensor.
+        hyperparams: name to 0-dim tensor (a tuple of them for ``betas``): the value that the next update uses.
+        scheduled: name to 0-dim tensor: what the schedule gave in the last update, before the first what it will give.
+        inner_state: the inner transformation's.
+    """
+
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    hyperparams: dict[str, Any]
+    scheduled: dict[str, Any]
+    inner_state: Any
+
+    _derived = ("scheduled",)
+
+
+def inject_hyperparams(
+    factory: Callable[..., GradientTransformation],
+    static_args: str | Iterable[str] = (),
+    hyperparam_dtype: torch.dtype | None = None,
+) -> Callable[..., GradientTransformation]:
+    """Keep the numeric hyperparameters of a factory in the state, as tensors.
+
+    The state's values, not the ones the pair was made with, are used: ``optfn.tree.get(state, "lr")`` reads one,
+    ``optfn.tree.set(state, lr=0.01)`` gives a state with another, without a new graph where the step is compiled. A schedule
+    may stand in place of a number (of any argument, not ``lr`` alone): it is evaluated at this transformation's own step.
+
+    Numeric is an argument that is given as a float, or as a number or a 0-dim tensor where its default is a float; a
+    tuple of such (``betas``) too. Bools, strings, functions where the default is no number (``mask``) and ints where the
+    default is no float stay what they are. So does an argument that is left at its default of 0, which switches a part of the
+    algorithm off: give it, ``weight_decay=0.0``, to have it in the state.
+
+    Args:
+        factory: a function that returns a transformation, such as :func:`adamw` or your own.
+        static_args: names of arguments to leave alone.
+        hyperparam_dtype: dtype of the values; by default float64 (float32 on a device that has none), whatever the
+            params' dtype: half precision would make 0.999 a 1.
+
+    Returns:
+        A function with the arguments of ``factory`` whose transformation has an :class:`InjectHyperparamsState`.
+
+    Raises:
+        ValueError: ``static_args`` names no argument, or the factory takes ``*args``, ``**kwargs`` or positional-only ones;
+            what ``factory`` raises for the values given.
+
+    Example:
+        >>> tx = inject_hyperparams(optfn.adam)(lr=optfn.linear_schedule(0.1, 0.0, 2))
+        >>> state = tx.init(torch.zeros(1))
+        >>> _, state = tx.update(torch.ones(1), state)
+        >>> optfn.tree.get(state, "lr"), optfn.tree.get(state, "eps")
+        (tensor(0.1000, dtype=torch.float64), tensor(1.0000e-08, dtype=torch.float64))
+    """
+    signature = inspect.signature(factory)
+    static = {static_args} if isinstance(static_args, str) else {*static_args}
+    if unknown := static - {*signature.parameters}:
+        raise ValueError(f"static_args names {', '.join(sorted(unknown))}, which the factory has no argument of")
+
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"inject_hyperparams needs named arguments, the factory has {parameter}")
+
+    def make(*args: Any, **kwargs: Any) -> GradientTransformation:
+        bound = signature.bind(*args, **kwargs)
+        given = {*bound.arguments}
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        checked = factory(**arguments)  # the numbers are checked here, once
+        kinds = {
+            name: _kind(value, signature.parameters[name].default)
+            for name, value in arguments.items()
+            if name not in static and (name in given or not is_zero(value))
+        }
+        numbers = {name: arguments[name] for name, kind in kinds.items() if kind == "number"}
+        schedules = {name: arguments[name] for name, kind in kinds.items() if kind == "schedule"}
+
+        def as_tensor(value: Any, device: torch.device) -> Any:
+            if isinstance(value, tuple):
+                return tuple(as_tensor(v, device) for v in value)
+            dtype = hyperparam_dtype or (torch.float32 if device.type == "mps" else torch.float64)
+            return torch.as_tensor(value, dtype=dtype, device=device)
+
+        def scheduled_at(count: Tensor) -> dict[str, Any]:
+            return {name: as_tensor(schedule(count), count.device) for name, schedule in schedules.items()}
+
+        def inner(values: dict[str, Any]) -> GradientTransformation:
+            return factory(**{**arguments, **values})
+
+        def init(params: Any) -> InjectHyperparamsState:
+            device = next((p.device for p in tree.leaves(params)), torch.device("cpu"))
+            count = torch.zeros((), dtype=torch.int64, device=device)
+            hyperparams = {name: tree.map(torch.clone, as_tensor(value, device)) for name, value in numbers.items()}
+            scheduled = scheduled_at(count)
+            return InjectHyperparamsState(count, hyperparams, scheduled, inner({**hyperparams, **scheduled}).init(params))
+
+        def update(
+            updates: Any, state: InjectHyperparamsState, params: Any = None, **extra: Any
+        ) -> tuple[Any, InjectHyperparamsState]:
+            scheduled = scheduled_at(state.count)
+            tx = inner({**state.hyperparams, **scheduled})
+            updates, inner_state = tx.update(updates, state.inner_state, params, **extra)
+            return updates, InjectHyperparamsState(state.count + 1, state.hyperparams, scheduled, inner_state)
+
+        return transformation(init, update, elementwise=is_elementwise(checked))
+
+    return make
+
+
+def _kind(value: Any, default: Any) -> str:
+    """What an argument is: a number to keep in the state, a schedule, or static."""
+    wants_float = isinstance(default, float) or default is inspect.Parameter.empty
+    if callable(value) and not isinstance(value, Tensor):
+        return "schedule" if wants_float else "static"
+    if isinstance(value, tuple):
+        return "number" if value and all(isinstance(v, float | Tensor) for v in value) else "static"
+    if isinstance(value, float) or (wants_float and isinstance(value, int | Tensor) and not isinstance(value, bool)):
+        return "number"
+    return "static"
