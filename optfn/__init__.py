@@ -29,7 +29,13 @@ from optfn.schedules import (
 from optfn.transforms.clipping import clip, clip_by_block_rms, clip_by_global_norm
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import TraceSlots, trace
-from optfn.transforms.scaling import ScaleByScheduleState, scale, scale_by_learning_rate, scale_by_schedule
+from optfn.transforms.scaling import (
+    ScaleByLearningRateState,
+    ScaleByScheduleState,
+    scale,
+    scale_by_learning_rate,
+    scale_by_schedule,
+)
 from optfn.wrappers.accumulate import AccumulateState, accumulate
 from optfn.wrappers.averages import EmaParamsState, ema_params
 from optfn.wrappers.finite import ApplyIfFiniteState, apply_if_finite
@@ -50,6 +56,7 @@ __all__ = [
     "MaskedState",
     "PartitionState",
     "RmsSlots",
+    "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
     "TraceSlots",

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from optfn.numerics import widened_scalar
+
 __all__ = ["is_zero", "number", "require", "rule_name", "scalar_or_schedule"]
 
 
@@ -17,7 +19,7 @@ def number(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Return ``value`` if it is a number within the bounds or a tensor of one element (made 0-dim), else raise.
+    """Return ``value`` if it is a number within the bounds or a tensor of one element (made 0-dim, float64), else raise.
 
     A tensor's value is not looked at: it may be batched, traced or on a device that would have to synchronise.
 
@@ -34,7 +36,7 @@ def number(
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        return value if value.ndim == 0 else value.reshape(())
+        return widened_scalar(value if value.ndim == 0 else value.reshape(()))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
     bounds = [

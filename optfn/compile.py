@@ -15,6 +15,8 @@ from optfn import tree
 
 __all__ = ["compile"]
 
+_count = itertools.count()
+
 
 def compile(
     fn: Callable[..., Any], *, donate: str | int | Iterable[str | int] = (), backend: str | Callable[..., Any] = "inductor"
@@ -29,7 +31,8 @@ def compile(
     Which result replaces an argument: the first part of the result that has the argument's tree structure and its shapes and
     dtypes, arguments in the order of ``fn``'s signature; where there is none, leaf by leaf the first of that shape and dtype.
 
-    With ``donate`` the step records nothing for autograd (``torch.func`` transforms inside ``fn`` work as ever).
+    With ``donate`` the step records nothing for autograd (``torch.func`` transforms inside ``fn`` work as ever), and no
+    tensor of the result shares memory with another or with an argument that is not donated.
 
     Args:
         fn: a pure function of trees of tensors.
@@ -38,8 +41,10 @@ def compile(
 
     Raises:
         ValueError: when made, if ``donate`` names no argument of ``fn``; when called, if a tensor that is donated appears
-            twice among the arguments, or no result has its shape and dtype.
-        TypeError: when called, if a donated leaf is no tensor.
+            twice among the arguments or shares memory with another, or no result has its shape and dtype.
+        TypeError: when called, if a donated leaf is no dense tensor.
+
+    An error leaves the arguments as they were.
 
     Example:
         >>> halve = optfn.compile(lambda params: {"w": params["w"] / 2}, donate="params", backend="aot_eager")
@@ -49,49 +54,44 @@ def compile(
         (True, tensor([1., 2.]))
     """
     signature = inspect.signature(fn)
-    donated = _positions(signature, donate)
+    donated = _donated(signature, donate)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = fn(*args, **kwargs)
         if not donated:
             return result, []
-        given = [(name, args[i] if i < len(args) else kwargs[name]) for i, name in donated]
+        given = [(name, args[i] if i < len(args) else kwargs[name]) for i, name in donated if i < len(args) or name in kwargs]
         return _replace(result, given)
 
-    compiled = torch.compile(step, fullgraph=True, backend=_protecting(backend) if donated else backend)
-    checked: list[int] = []
+    # Dynamo keeps its graphs, their number and the sizes seen with the code object, which all closures share: each gets its own.
+    step.__code__ = step.__code__.replace(co_name=f"step_{next(_count)}")
+    if donated and backend not in ("eager", "aot_eager"):
+        _lower_copies()
+    compiled = torch.compile(step, fullgraph=True, backend=_apart(backend) if donated else backend)
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
         if donated:
-            bound = signature.bind(*args, **kwargs)
-            args, kwargs = bound.args, bound.kwargs
-            leaves = tree.flatten((args, kwargs))[0]
-            identities = [id(x) for x in leaves]
-            if identities != checked:
-                _check_memory(signature, args, kwargs, [name for _, name in donated])
-                checked[:] = identities
-        try:
-            if not donated:
-                return compiled(args, kwargs)[0]
-            with torch.no_grad():
-                result, late = compiled(args, kwargs)
-                for old, new in late:
-                    old.copy_(new)
-                return result
-        except Exception:
-            # What is wrong with the arguments is said best by the function itself, on copies.
-            args, kwargs = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (args, kwargs))
-            with torch.no_grad():
-                step(args, kwargs)
-            raise
+            _check_memory(bound.arguments, {name for _, name in donated})
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not donated):
+            try:
+                result, late = compiled(bound.args, bound.kwargs)
+            except Exception:
+                # What is wrong with the arguments is said best by the function itself, on copies.
+                if (error := _error(step, bound)) is not None:
+                    raise error from None
+                raise
+            for old, new in late:
+                old.copy_(new)
+            return result
 
     return run
 
 
-def _positions(signature: inspect.Signature, donate: str | int | Iterable[str | int]) -> list[tuple[int, str]]:
+def _donated(signature: inspect.Signature, donate: str | int | Iterable[str | int]) -> list[tuple[int, str]]:
     """Position and name of the donated arguments, in the order of the signature."""
-    names = list(signature.parameters)
+    names = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     chosen = [donate] if isinstance(donate, str | int) else list(donate)
     for which in chosen:
         if which not in names if isinstance(which, str) else not 0 <= which < len(names):
@@ -100,25 +100,69 @@ def _positions(signature: inspect.Signature, donate: str | int | Iterable[str | 
     return [(i, name) for i, name in enumerate(names) if name in wanted]
 
 
-def _check_memory(signature: inspect.Signature, args: Any, kwargs: Any, donated: list[str]) -> None:
-    """Raise if the memory of a donated tensor is also another argument's, or is no memory of its own to write to."""
-    owners: list[tuple[int, int, str, bool]] = []
-    for name, argument in signature.bind(*args, **kwargs).arguments.items():
-        for path, x in zip(tree.paths(argument), tree.flatten(argument)[0], strict=True):
-            full = f"{name}.{path}" if path else name
-            if not isinstance(x, Tensor):
-                if name in donated and x is not None:
-                    raise TypeError(f"donate: {full!r} must be a tensor, got {type(x).__name__}")
+def _error(step: Callable[..., Any], bound: inspect.BoundArguments) -> Exception | None:
+    """What the step raises when it is run eagerly, on copies of its arguments."""
+
+    def copy(x: Any) -> Any:
+        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    try:
+        step(*tree.map(copy, (bound.args, bound.kwargs)))
+    except Exception as error:
+        return error
+    return None
+
+
+def _check_memory(arguments: dict[str, Any], donated: set[str]) -> None:
+    """Raise if a donated leaf is no tensor with memory of its own: one that no other argument has, and no two of its entries."""
+    spans: list[tuple[int, int, bool, str, int]] = []
+    seen: dict[int, tuple[bool, str, int]] = {}
+
+    def shared(first: tuple[Any, ...], second: tuple[Any, ...]) -> ValueError:
+        one, other = (_path(name, arguments[name], i) for *_, name, i in (first, second))
+        return ValueError(f"donate: {one!r} and {other!r} share memory: a donated tensor may appear once; clone one of them")
+
+    for name, argument in arguments.items():
+        given = name in donated
+        for i, x in enumerate(tree.flatten(argument)[0]):
+            if x is None or (not given and (not isinstance(x, Tensor) or x.layout != torch.strided)):
                 continue
-            if name in donated and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-                raise ValueError(f"donate: {full!r} is expanded: its entries share memory; donate x.clone()")
-            if x.layout == torch.strided and x.numel():
-                span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-                owners.append((x.data_ptr(), x.data_ptr() + span * x.element_size(), full, name in donated))
-    owners.sort()
-    for (_, end, first, one), (begin, _, second, other) in itertools.pairwise(owners):
-        if begin < end and (one or other):
-            raise ValueError(f"donate: {first!r} and {second!r} share memory: a donated tensor may appear once; clone one of them")
+            if not isinstance(x, Tensor) or x.layout != torch.strided:
+                kind = x.layout if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"donate: {_path(name, argument, i)!r} must be a dense tensor, got {kind}")
+            if given and not _distinct(x):
+                raise ValueError(f"donate: {_path(name, argument, i)!r} is expanded: its entries share memory; donate x.clone()")
+            owner = (given, name, i)
+            earlier = seen.setdefault(id(x), owner)
+            if earlier is not owner and (given or earlier[0]):
+                raise shared(earlier, owner)
+            if x.numel() and (begin := x.data_ptr()):
+                extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+                spans.append((begin, begin + extent * x.element_size(), *owner))
+
+    spans.sort()
+    furthest: dict[bool, tuple[Any, ...]] = {}
+    for span in spans:
+        for given, before in furthest.items():
+            if span[0] < before[1] and (given or span[2]):
+                raise shared(before, span)
+        if span[2] not in furthest or furthest[span[2]][1] < span[1]:
+            furthest[span[2]] = span
+
+
+def _path(name: str, argument: Any, i: int) -> str:
+    return ".".join(filter(None, (name, tree.paths(argument)[i])))
+
+
+def _distinct(x: Tensor) -> bool:
+    """Whether every entry of a tensor has a place of its own in memory: each stride steps over what the smaller ones reach."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return x.numel() == 0
+            extent += (size - 1) * stride
+    return True
 
 
 def _replace(result: Any, given: list[tuple[str, Any]]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
@@ -129,9 +173,9 @@ def _replace(result: Any, given: list[tuple[str, Any]]) -> tuple[Any, list[tuple
         a 0-dim float64 tensor on the CPU, which it takes for a Python number.
     """
     leaves, spec = tree.flatten(result)
-    targets = _targets(result, given)
+    targets = _targets(leaves, spec, given)
     # All values first, each in memory of its own: a result may be (a view of) a donated tensor.
-    new: list[Any] = [x.clone() if isinstance(x, Tensor) and targets.get(i) is not x else x for i, x in enumerate(leaves)]
+    new: list[Any] = [_copy(x) if isinstance(x, Tensor) and targets.get(i) is not x else x for i, x in enumerate(leaves)]
     late: list[tuple[Tensor, Tensor]] = []
     for i, old in targets.items():
         value = new[i]
@@ -145,9 +189,17 @@ def _replace(result: Any, given: list[tuple[str, Any]]) -> tuple[Any, list[tuple
     return tree.unflatten(spec, new), late
 
 
-def _targets(result: Any, given: list[tuple[str, Any]]) -> dict[int, Any]:
+def _targets(leaves: list[Any], spec: Any, given: list[tuple[str, Any]]) -> dict[int, Any]:
     """Which donated tensor each leaf of the result is written to."""
-    leaves, spec = tree.flatten(result)
+    parts: list[tuple[Any, int]] = [(spec, 0)]  # the result, what it is made of and so on, and where their leaves begin
+    reached = 0
+    while reached < len(parts):
+        part, start = parts[reached]
+        reached += 1
+        for child in part.children():
+            parts.append((child, start))
+            start += child.num_leaves
+
     targets: dict[int, Any] = {}
 
     def fits(i: int, x: Any) -> bool:
@@ -159,60 +211,75 @@ def _targets(result: Any, given: list[tuple[str, Any]]) -> dict[int, Any]:
     rest: list[tuple[str, Any]] = []
     for name, argument in given:
         wanted, structure = tree.flatten(argument)
-        for part in tree.subtrees(tree.unflatten(spec, list(range(len(leaves))))):
-            found, other = tree.flatten(part)
-            if other == structure and all(fits(i, x) for i, x in zip(found, wanted, strict=True)):
-                targets.update({i: x for i, x in zip(found, wanted, strict=True) if x is not None})
+        for part, start in parts:
+            if part.num_leaves == len(wanted) and part == structure and all(fits(start + j, x) for j, x in enumerate(wanted)):
+                targets.update({start + j: x for j, x in enumerate(wanted) if x is not None})
                 break
         else:
             rest.append((name, argument))
     for name, argument in rest:
-        for path, x in zip(tree.paths(argument), tree.flatten(argument)[0], strict=True):
+        for j, x in enumerate(tree.flatten(argument)[0]):
             place = next((i for i in range(len(leaves)) if x is not None and fits(i, x)), None)
             if place is not None:
                 targets[place] = x
             elif x is not None:
-                full = f"{name}.{path}" if path else name
                 raise ValueError(
-                    f"donate: {full!r} is {x.dtype} of shape {tuple(x.shape)}, and no result of that kind is left to replace it; "
-                    f"return its new value, or do not donate {name!r}"
+                    f"donate: {_path(name, argument, j)!r} is {x.dtype} of shape {tuple(x.shape)}, and no result of that kind is "
+                    f"left to replace it; return its new value, or do not donate {name!r}"
                 )
     return targets
 
 
 @torch.library.custom_op("optfn::copy", mutates_args=())
-def _opaque_copy(x: Tensor) -> Tensor:
+def _copy(x: Tensor) -> Tensor:
+    """A copy that is made before the graph writes to ``x``.
+
+    Inductor takes for an input itself whatever it can see to equal it (a clone, a slice of everything, the half of a
+    concatenation), also where the input is overwritten before that is used, as in ``a, b = b, a`` (seen in torch 2.13).
+    It cannot see through this operator.
+    """
     return x.clone()
 
 
-@_opaque_copy.register_fake
+@_copy.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _protecting(backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """A backend that keeps copies of tensors which the graph overwrites.
+@functools.cache
+def _lower_copies() -> None:
+    """Let Inductor, when it comes to generate code, fuse the copies with what computes and what uses them."""
+    from torch._inductor import lowering
 
-    Inductor takes a clone of an input for the input itself, also where the input is overwritten before the clone is used, as in
-    ``a, b = b, a`` (seen in torch 2.13). Such clones are made by an operator it cannot see through.
+    op = torch.ops.optfn.copy.default
+    call = lowering.fallback_handler(op, add_to_fallback_set=False)
+
+    def lower(x: Any) -> Any:
+        return call(x) if x.get_dtype().is_complex else lowering.clone(x)
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def _apart(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that keeps the reads of donated tensors apart from the writes, by a copy, in a graph with complex numbers.
+
+    Inductor has no code of its own for views that are complex, or of what is, and calls torch for them; it then does not see
+    that such a view of an input changes when the input is written to (torch 2.13).
     """
 
-    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nodes = list(graph.graph.nodes)
-        overwritten = {_storage(n.args[0]) for n in nodes if n.op == "call_method" and n.target == "copy_"}
-        for node in nodes:
-            if node.target in ("clone", torch.clone) and _storage(node.args[0]) in overwritten:
-                with graph.graph.inserting_before(node):
-                    copy = graph.graph.call_function(torch.ops.optfn.copy.default, (node.args[0],))
-                copy.meta = dict(node.meta)
-                node.replace_all_uses_with(copy)
-                graph.graph.erase_node(node)
-        graph.recompile()
+        if any(isinstance(x := node.meta.get("example_value"), Tensor) and x.is_complex() for node in nodes):
+            written = [node.args[0] for node in nodes if node.op == "call_method" and node.target == "copy_"]
+            first = next(node for node in nodes if node.op != "placeholder")
+            for x in written:
+                users = [user for user in x.users if user.op != "output" and user.target != "copy_"]
+                with graph.graph.inserting_before(first):
+                    copy = graph.graph.call_function(torch.ops.optfn.copy.default, (x,))
+                copy.meta = dict(x.meta)
+                for user in users:
+                    user.replace_input_with(x, copy)
+            graph.recompile()
         return lookup_backend(backend)(graph, inputs)
 
     return compile_graph
-
-
-def _storage(node: torch.fx.Node) -> int:
-    """What tells apart the memory of tensors in a traced graph."""
-    return node.meta["example_value"].untyped_storage()._cdata

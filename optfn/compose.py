@@ -155,10 +155,13 @@ def partition(transformations: Mapping[Hashable, GradientTransformation], labels
 
     def init(params: Any) -> PartitionState:
         owners = _resolve(labels, params, "labels")
-        used = {label: path for path, label in zip(tree.paths(params), tree.flatten(owners)[0], strict=True) if label is not None}
+        used: dict[Hashable, str] = {}
+        for path, label, p in zip(tree.paths(params), tree.flatten(owners)[0], tree.flatten(params)[0], strict=True):
+            if p is not None:
+                used.setdefault(label, path)
         known = ", ".join(map(repr, transformations))
         for label, path in used.items():
-            if label not in transformations:
+            if label is None or label not in transformations:
                 raise ValueError(f"partition: {path!r} has the label {label!r}, which is none of {known}")
         for label in transformations:
             if label not in used:
@@ -238,8 +241,8 @@ def _resolve(mask: Mask, like: Any, name: str, kind: type | None = None) -> Any:
     else:
         entries = _broadcast(mask, like, name)
         entries = [None if x is None else entry for entry, x in zip(entries, leaves, strict=True)]
-    for i, entry in enumerate(entries):
-        if kind is not None and entry is not None and not isinstance(entry, kind):
+    for i, (entry, x) in enumerate(zip(entries, leaves, strict=True)):
+        if kind is not None and x is not None and not isinstance(entry, kind):
             raise TypeError(f"{name}: {tree.paths(like)[i]!r} must be a {kind.__name__}, got {type(entry).__name__}")
     return tree.unflatten(spec, entries)
 

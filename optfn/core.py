@@ -91,6 +91,7 @@ def stateless(f: Callable[[Any, Any], Any]) -> GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return f(updates, params), state
 
+    update.__qualname__ = getattr(f, "__qualname__", update.__qualname__)
     return transformation(lambda params: (), update)
 
 

@@ -18,6 +18,7 @@ from optfn.numerics import as_complex, as_real, compute_dtype
 __all__ = ["LeafwiseState", "leafwise", "stateless_with_tree_map"]
 
 Sparse = Literal["error", "dense", "values"]
+Rule = Callable[..., Any]
 
 
 class LeafwiseState(NamedTuple):
@@ -79,16 +80,15 @@ def leafwise(
         >>> updates
         {'w': tensor([ 1., -1.])}
     """
-    name = rule_name(update)
 
     def init_fn(params: Any) -> LeafwiseState:
-        leaves, spec = tree.checked(params, f"{name}: params")
-        slots = [() if p is None else _init_leaf(init, p, name, params, i) for i, p in enumerate(leaves)]
+        leaves, spec = tree.checked(params, "params")
+        slots = [() if p is None else _init_leaf(init, p, params, i) for i, p in enumerate(leaves)]
         device = next((p.device for p in leaves if p is not None), None)
         return LeafwiseState(torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots))
 
     def update_fn(updates: Any, state: LeafwiseState, params: Any = None, **extra: Any) -> tuple[Any, LeafwiseState]:
-        grads, owners, spec = _aligned(name, updates, params, needs_params)
+        grads, owners, spec = _aligned(update, updates, params, needs_params)
         slots = _by_leaf(spec, state.slots)
         present = [g is not None for g in grads]
         step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
@@ -98,9 +98,9 @@ def leafwise(
             if g is None:
                 continue
             if not _has_slots(slots[i]):
-                raise ValueError(f"{_where(name, updates, i)} has an update, but there was no parameter when the state was made")
-            like = _first_tensor(slots[i]) if p is None and elementwise else p
-            values, rebuild = _dense_values(g, like, sparse, elementwise, name, updates, i)
+                raise ValueError(f"{_where(update, updates, i)} has an update, but there was no parameter when the state was made")
+            likes = (p, _first_tensor(slots[i]) if elementwise else None)
+            values, rebuild = _dense_values(g, likes, sparse, elementwise, update, updates, i)
             direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, values, p))
             directions[i] = rebuild(direction)
         return tree.unflatten(spec, directions), LeafwiseState(step, _by_field(spec, slots))
@@ -126,14 +126,13 @@ def stateless_with_tree_map(
         >>> tx.update({"w": torch.tensor([-3.0, 2.0]), "b": None}, ())
         ({'w': tensor([-1.,  1.]), 'b': None}, ())
     """
-    name = rule_name(f)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        grads, owners, spec = _aligned(name, updates, params, needs_params)
+        grads, owners, spec = _aligned(f, updates, params, needs_params)
         directions: list[Tensor | None] = [None] * len(grads)
         for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
             if g is not None:
-                values, rebuild = _dense_values(g, p, sparse, elementwise, name, updates, i)
+                values, rebuild = _dense_values(g, (p, None), sparse, elementwise, f, updates, i)
                 direction, _ = _apply(lambda g, slots, p, step: (f(g, p), slots), values, (), p, None)
                 directions[i] = rebuild(direction)
         return tree.unflatten(spec, directions), state
@@ -141,29 +140,35 @@ def stateless_with_tree_map(
     return transformation(lambda params: (), update_fn, elementwise=elementwise)
 
 
-def _aligned(name: str, updates: Any, params: Any, needs_params: bool) -> tuple[list[Any], list[Any], Any]:
+def _aligned(rule: Rule, updates: Any, params: Any, needs_params: bool) -> tuple[list[Any], list[Any], Any]:
     """The leaves of updates and params side by side, and the structure of updates."""
-    if needs_params:
-        require(name, params=params)
-    grads, spec = tree.checked(updates, f"{name}: updates", empty=True)
-    owners = [None] * len(grads) if params is None else tree.match(spec, params, "params", "updates")
+    if needs_params and params is None and updates is not None:  # both are None for a bare tensor that a mask hides
+        require(rule_name(rule), params=params)
+    grads, spec = tree.checked(updates, "updates", empty=True)
+    if params is None:
+        return grads, [None] * len(grads), spec
+    owners = tree.match(spec, params, "params", "updates")
+    for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
+        if g is not None and p is None:
+            raise ValueError(f"{_where(rule, updates, i)} has an update, but no parameter")
     return grads, owners, spec
 
 
-def _where(name: str, of: Any, i: int) -> str:
+def _where(rule: Rule, of: Any, i: int) -> str:
+    # Names are looked up here, not when a transformation is made: Dynamo of torch 2.11 cannot trace that.
     path = tree.paths(of)[i]
-    return f"{name}: {path!r}" if path else f"{name}: the tensor"
+    return f"{rule_name(rule)}: {repr(path) if path else 'the tensor'}"
 
 
-def _init_leaf(init: Callable[[Tensor], Any], p: Tensor, name: str, params: Any, i: int) -> Any:
+def _init_leaf(init: Callable[[Tensor], Any], p: Tensor, params: Any, i: int) -> Any:
     if not (p.is_floating_point() or p.is_complex()) or p.layout != torch.strided:
         kind = p.dtype if p.layout == torch.strided else p.layout
-        raise TypeError(f"{_where(name, params, i)} must be a dense floating-point or complex tensor, got {kind}")
+        raise TypeError(f"{_where(init, params, i)} must be a dense floating-point or complex tensor, got {kind}")
     real = as_real(p)
     try:
         slots = init(real)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{_where(name, params, i)}: {error}") from error
+        raise type(error)(f"{_where(init, params, i)}: {error}") from error
     if not p.is_complex():
         return slots
     return type(slots)(*(as_complex(x) if isinstance(x, Tensor) and x.shape == real.shape else x for x in slots))
@@ -174,14 +179,14 @@ def _by_field(spec: Any, slots: list[Any]) -> Any:
     kind = next((type(s) for s in slots if type(s) is not tuple), None)
     if kind is None:
         return ()
-    columns = ([s[k] if s else () for s in slots] for k in range(len(kind._fields)))
+    columns = ([s[k] if len(s) else () for s in slots] for k in range(len(kind._fields)))
     return kind(*(tree.unflatten(spec, c) if any(isinstance(x, Tensor) for x in c) else () for c in columns))
 
 
 def _by_leaf(spec: Any, slots: Any) -> list[Any]:
     """The inverse of :func:`_by_field`."""
     count = spec.num_leaves
-    columns = [[()] * count if isinstance(f, tuple) and not f else tree.match(spec, f, "the state", "updates") for f in slots]
+    columns = [[()] * count if isinstance(f, tuple) and len(f) == 0 else tree.match(spec, f, "the state", "updates") for f in slots]
     return [type(slots)(*row) for row in zip(*columns, strict=True)] if columns else [slots] * count
 
 
@@ -190,35 +195,37 @@ def _first_tensor(slots: Any) -> Tensor | None:
 
 
 def _has_slots(slots: Any) -> bool:
-    return type(slots) is not tuple and (not slots or _first_tensor(slots) is not None)
+    return type(slots) is not tuple and (len(slots) == 0 or _first_tensor(slots) is not None)
 
 
 def _dense_values(
-    g: Tensor, like: Tensor | None, sparse: Sparse, elementwise: bool, name: str, updates: Any, i: int
+    g: Tensor, likes: tuple[Tensor | None, Tensor | None], sparse: Sparse, elementwise: bool, rule: Rule, updates: Any, i: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What of a gradient the rule is shown, once it is found sound, and how to make an update of what the rule answers."""
     if not (g.is_floating_point() or g.is_complex()):
-        raise TypeError(f"{_where(name, updates, i)} must have a floating-point or complex gradient, got {g.dtype}")
-    if like is not None and (g.shape != like.shape or g.is_complex() != like.is_complex()):
-        wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (like, g))
-        raise ValueError(f"{_where(name, updates, i)} must have an update like its parameter, {wanted}, got {given}")
+        raise TypeError(f"{_where(rule, updates, i)} must have a floating-point or complex gradient, got {g.dtype}")
+    for owner, like in zip(("parameter", "slots"), likes, strict=True):
+        if like is not None and (g.shape != like.shape or g.is_complex() != like.is_complex()):
+            wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (like, g))
+            raise ValueError(f"{_where(rule, updates, i)} must have an update like its {owner}, {wanted}, got {given}")
     if g.layout == torch.strided:
         return g, lambda direction: direction
     if g.layout == torch.sparse_coo and sparse == "dense":
         return g.to_dense(), lambda direction: direction
     if g.layout == torch.sparse_coo and sparse == "values":
-        return g._values(), lambda direction: torch.sparse_coo_tensor(
+        # torch's _values() has no derivative, and its values() wants the entries summed.
+        g = g.coalesce() if g.requires_grad else g
+        return g.values() if g.is_coalesced() else g._values(), lambda direction: torch.sparse_coo_tensor(
             g._indices(), direction, g.shape, is_coalesced=g.is_coalesced(), check_invariants=False
         )
+    name = rule_name(rule)
     advice = f"wrap it, optfn.sparse_masked({name}(...)), or " if elementwise and g.layout == torch.sparse_coo else ""
     raise TypeError(
-        f"{_where(name, updates, i)} has a sparse gradient, which {name} does not take: {advice}make it dense, .to_dense()"
+        f"{_where(rule, updates, i)} has a sparse gradient, which {name} does not take: {advice}make it dense, .to_dense()"
     )
 
 
-def _apply(
-    rule: Callable[..., tuple[Tensor, Any]], g: Tensor, slots: Any, p: Tensor | None, step: Tensor | None
-) -> tuple[Tensor, Any]:
+def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Tensor | None) -> tuple[Tensor, Any]:
     """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
     dtype = _real_dtype(g, p)
 
@@ -233,8 +240,8 @@ def _apply(
             return x
         return as_complex(x.to(like.dtype.to_real())) if like.is_complex() else x.to(like.dtype)
 
-    direction, new = rule(widened(g), type(slots)(*map(widened, slots)) if slots else slots, widened(p), step)
-    return narrowed(direction, g), type(new)(*map(narrowed, new, slots)) if new else new
+    direction, new = rule(widened(g), type(slots)(*map(widened, slots)) if len(slots) else slots, widened(p), step)
+    return narrowed(direction, g), type(new)(*map(narrowed, new, slots)) if len(new) else new
 
 
 def _real_dtype(g: Tensor, p: Tensor | None) -> torch.dtype:

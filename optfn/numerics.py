@@ -14,11 +14,25 @@ __all__ = [
     "bias_correction",
     "compute_dtype",
     "debias",
+    "full_like",
     "global_norm",
     "lerp",
     "norm",
     "sqrt",
+    "widened_scalar",
 ]
+
+
+def widened_scalar(x: Tensor) -> Tensor:
+    """A hyperparameter or a time in float64, float32 where the device has no float64, so that arithmetic on it loses nothing.
+
+    A 0-dim tensor does not widen the tensors it is multiplied with.
+
+    Example:
+        >>> 1 - widened_scalar(torch.tensor(0.1)), 1 - torch.tensor(0.1)
+        (tensor(0.9000, dtype=torch.float64), tensor(0.9000))
+    """
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def bias_correction(decay: float | Tensor, step: Tensor) -> Tensor:
@@ -36,7 +50,7 @@ def bias_correction(decay: float | Tensor, step: Tensor) -> Tensor:
         tensor(0.0010)
     """
     if isinstance(decay, Tensor):
-        return -torch.expm1(step * torch.log(decay))
+        return -torch.expm1(step * torch.log(widened_scalar(decay)))
     if decay == 0:
         return torch.ones_like(step)
     return -torch.expm1(step * math.log(decay))
@@ -55,6 +69,16 @@ def debias(moment: Tensor, decay: float | Tensor, step: Tensor) -> Tensor:
         tensor([1., 2.])
     """
     return moment / bias_correction(decay, step)
+
+
+def full_like(x: Tensor, value: float | Tensor) -> Tensor:
+    """A tensor like ``x`` that holds ``value`` everywhere, in the dtype of ``x``; ``value`` may be batched or differentiated.
+
+    Example:
+        >>> full_like(torch.zeros(2), torch.tensor(3.0, dtype=torch.float64))
+        tensor([3., 3.])
+    """
+    return (torch.zeros_like(x) + value).to(x.dtype)
 
 
 def sqrt(x: Tensor) -> Tensor:

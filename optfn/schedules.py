@@ -1,7 +1,10 @@
 """Schedules: pure functions of the step, under Optax's names.
 
-A schedule takes a step, an int or an integer tensor of any shape (0 is the first), and returns a tensor of that shape. The math
+A schedule takes a step, an int or a tensor of any shape (0 is the first), and returns a tensor of that shape. The math
 runs in float64 (float32 on a device that has none), and traces, batches and differentiates in tensor arguments.
+
+Your own schedule is any such function in torch arithmetic, ``lambda step: 0.1 * 0.9**step``; transformations hand it the step as a
+0-dim float64 tensor.
 """
 
 import math
@@ -10,6 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from optfn.numerics import widened_scalar
 
 __all__ = [
     "Schedule",
@@ -40,7 +45,7 @@ def as_time(step: int | float | Tensor) -> Tensor:
     """
     if not isinstance(step, Tensor):
         return torch.tensor(step, dtype=torch.float64)
-    return step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+    return widened_scalar(step)
 
 
 def constant_schedule(value: Scalar) -> Schedule:
@@ -121,17 +126,17 @@ def exponential_decay(
     """
     if transition_steps <= 0 or transition_begin < 0:
         raise ValueError(f"transition_steps must be > 0 and transition_begin >= 0, got {transition_steps} and {transition_begin}")
-    grows = not isinstance(decay_rate, Tensor) and decay_rate > 1
     if not isinstance(decay_rate, Tensor) and decay_rate <= 0:
         raise ValueError(f"decay_rate must be > 0, got {decay_rate}")
 
     def schedule(step: Any) -> Tensor:
         exponent = ((as_time(step) - transition_begin) / transition_steps).clamp_min(0)
-        value = init_value * torch.as_tensor(decay_rate) ** (exponent.floor() if staircase else exponent)
+        rate = torch.as_tensor(decay_rate, dtype=exponent.dtype, device=exponent.device)
+        value = init_value * rate ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return value
         bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
-        return torch.minimum(value, bound) if grows else torch.maximum(value, bound)
+        return torch.where(rate > 1, torch.minimum(value, bound), torch.maximum(value, bound))
 
     return schedule
 

@@ -77,8 +77,18 @@ class _Structure:
         self.parts = [_Structure(child, found) for child in children]
         self.num_leaves: int = 1 if self.leaf else sum(part.num_leaves for part in self.parts)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Structure) or self.leaf or other.leaf:
+            return isinstance(other, _Structure) and self.leaf and other.leaf
+        return self.kind is other.kind and self.names == other.names and self.parts == other.parts
+
+    __hash__ = None  # type: ignore[assignment]
+
     def is_leaf(self) -> bool:
         return self.leaf
+
+    def children(self) -> list["_Structure"]:
+        return self.parts
 
     def unflatten(self, new_leaves: list[Any]) -> Any:
         if self.leaf:
@@ -121,12 +131,17 @@ def match(spec: Any, tree: Any, name: str, like: str) -> list[Any]:
     except (ValueError, TypeError):
         pass
     wanted, given = paths(unflatten(spec, [None] * spec.num_leaves)), paths(tree)
-    lacks = next((path for path in wanted if path not in given), None)
-    extra = next((path for path in given if path not in wanted), None)
+    # A subtree may stand where a leaf is wanted, so a path agrees with one that begins with it.
+    lacks = next((path for path in wanted if not any(_within(path, x) for x in given)), None)
+    extra = next((path for path in given if not any(_within(x, path) for x in wanted)), None)
     differences = [f"{path!r} is only in {owner}" for path, owner in ((lacks, like), (extra, name)) if path is not None]
     if not differences:
         differences = [f"the paths agree, but the containers differ: {like} is {spec}, {name} is {flatten(tree)[1]}"]
     raise ValueError(f"{name} must have the structure of {like}: {', '.join(differences)}")
+
+
+def _within(outer: str, path: str) -> bool:
+    return not outer or path == outer or path.startswith(outer + ".")
 
 
 def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -236,14 +251,14 @@ def _children(node: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], An
         return [str(key) for key in keys], [node[key] for key in keys], lambda new: _like_dict(node, keys, new)
     if kind is tuple or kind is list:
         return [str(i) for i in range(len(node))], list(node), kind
-    if isinstance(node, tuple) and hasattr(kind, "_fields"):
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
         return list(kind._fields), list(node), lambda new: kind(*new)
-    try:
-        level: Any = optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[arg-type]
-    except ValueError:
+    other: Any = node
+    if optree.tree_is_leaf(other, none_is_leaf=True, namespace=NAMESPACE):
         return None
-    found, _, entries, rebuild = level
-    return [str(entry) for entry in entries], list(found), lambda new: rebuild(tuple(new))
+    level: Any = optree.tree_flatten_one_level(other, none_is_leaf=True, namespace=NAMESPACE)
+    found, metadata, entries, rebuild = level
+    return [str(entry) for entry in entries], list(found), lambda new: rebuild(metadata, tuple(new))
 
 
 def _like_dict(old: dict[Any, Any], keys: list[Any], new: list[Any]) -> dict[Any, Any]:
@@ -317,7 +332,7 @@ def set(tree: Any, /, **parts: Any) -> Any:
         tree: a state, however nested.
         parts: ``name=value``; names as in :func:`get`, a dotted one written ``**{"adam.slots.mu": value}``. Where a
             tensor stood, a number becomes a tensor of its shape, dtype and device, and a tensor is
-            converted to its dtype and device; where a tree stood, a tree of that structure is wanted.
+            converted to its dtype and device; where a tree stood, a tree of that structure is wanted, of tensors or numbers.
 
     Raises:
         KeyError: nothing has that name.
@@ -332,17 +347,17 @@ def set(tree: Any, /, **parts: Any) -> Any:
     """
     used: dict[str, bool] = dict.fromkeys(parts, False)
 
+    def convert(old: Any, value: Any) -> Any:
+        if not isinstance(old, Tensor):
+            return value
+        return value.to(dtype=old.dtype, device=old.device) if isinstance(value, Tensor) else torch.full_like(old, value)
+
     def replace(old: Any, name: str, derived: bool) -> Any:
         if derived:
             raise ValueError(f"{name!r} is computed at each step: a value set here would be lost; build the transformation with it")
         used[name] = True
-        value = parts[name]
-        if isinstance(old, Tensor):
-            if isinstance(value, Tensor):
-                return value.to(dtype=old.dtype, device=old.device)
-            return torch.full_like(old, value)
-        match(flatten(old)[1], value, f"the new {name!r}", "the old one")
-        return value
+        below = match(flatten(old)[1], parts[name], f"the new {name!r}", "the old one")
+        return unflatten(flatten(old)[1], [convert(x, y) for x, y in zip(flatten(old)[0], below, strict=True)])
 
     def walk(node: Any, path: str, derived: bool) -> Any:
         name = next((name for name in parts if path and _named(path, name)), None)
@@ -398,17 +413,19 @@ def map_params(f: Callable[..., Any], state: Any, params: Any, *rest: Any, other
         fits = all((x.is_floating_point() or x.is_complex()) and (bare is None or x.shape == bare) for x in tensors)
         return found if fits else None
 
-    def walk(node: Any) -> Any:
-        found = shaped(node)
+    def walk(node: Any, scalar: bool) -> Any:
+        found = None if scalar else shaped(node)
         if found is not None:
             new = [f(x, *y) if isinstance(x, Tensor) else x for x, *y in zip(found, *others, strict=True)]
             return unflatten(spec, new)
         level = _children(node)
         if level is None:
             return node if other is None or node is None else other(node)
-        return level[2]([walk(child) for child in level[1]])
+        # A hyperparameter may look like a parameter: betas, where the params are a tuple of two.
+        scalars = (*getattr(type(node), "_scalars", ()), *getattr(type(node), "_derived", ()))
+        return level[2]([walk(child, scalar or key in scalars) for key, child in zip(*level[:2], strict=True)])
 
-    return walk(state)
+    return walk(state, False)
 
 
 def to_flat_dict(tree: Any) -> dict[str, Tensor]:
@@ -451,6 +468,7 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
 
     Raises:
         KeyError: a leaf is missing from ``flat``, or ``flat`` has one that ``like`` lacks; all are listed.
+        TypeError: an entry of ``flat`` is no tensor.
         ValueError: a shape or a dtype differs.
 
     Example:
@@ -473,6 +491,8 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
         if old is None:
             return None
         new = flat[path]
+        if not isinstance(new, Tensor):
+            raise TypeError(f"{path!r} must be a tensor, got {type(new).__name__}")
         if not isinstance(old, Tensor):
             return type(old)(new.item())
         if new.shape != old.shape or new.dtype != old.dtype:

@@ -2,14 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import sqrt
+from optfn.numerics import full_like, sqrt
 from optfn.schedules import Schedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -60,7 +59,7 @@ def scale_by_adagrad(
     eps, eta = number("eps", eps, at_least=0), number("lr_decay", lr_decay, at_least=0)
 
     def init(p: Tensor) -> AdagradSlots:
-        return AdagradSlots(torch.zeros_like(p) + start)
+        return AdagradSlots(full_like(p, start))
 
     def update(g: Tensor, slots: AdagradSlots, p: Any, step: Tensor) -> tuple[Tensor, AdagradSlots]:
         total = slots.sum + g.square()

@@ -9,7 +9,7 @@ from optfn.checks import is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import leafwise
-from optfn.numerics import debias, lerp, sqrt
+from optfn.numerics import debias, full_like, lerp, sqrt
 from optfn.schedules import Schedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import trace
@@ -74,7 +74,7 @@ def scale_by_rms(
     start = number("initial_scale", initial_scale, at_least=0)
 
     def init(p: Tensor) -> RmsSlots:
-        return RmsSlots(torch.zeros_like(p) + start, torch.zeros_like(p) if centered else ())
+        return RmsSlots(full_like(p, start), torch.zeros_like(p) if centered else ())
 
     def update(g: Tensor, slots: RmsSlots, p: Any, step: Tensor) -> tuple[Tensor, RmsSlots]:
         nu, mu = alpha * slots.nu + (1 - alpha) * g.square(), slots.mu

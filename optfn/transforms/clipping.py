@@ -52,7 +52,7 @@ def clip_by_global_norm(max_norm: float | Tensor, *, eps: float = 0.0) -> Gradie
     def clipped(updates: Any, params: Any) -> Any:
         total = tree.global_norm(updates)
         # A norm of 0 stays out of the quotient: 0/0 and its derivative are NaN where max_norm is 0.
-        factor = (bound / torch.where(total == 0, 1, total + eps)).clamp(max=1)
+        factor = torch.where(total == 0, 1, bound / torch.where(total == 0, 1, total + eps)).clamp(max=1)
         return scale(factor).update(updates, ())[0]
 
     return stateless(clipped)

@@ -10,9 +10,9 @@ from optfn import tree
 from optfn.checks import number, scalar_or_schedule
 from optfn.core import GradientTransformation, transformation
 from optfn.leafwise import stateless_with_tree_map
-from optfn.schedules import Schedule
+from optfn.schedules import Schedule, as_time
 
-__all__ = ["ScaleByScheduleState", "scale", "scale_by_learning_rate", "scale_by_schedule"]
+__all__ = ["ScaleByLearningRateState", "ScaleByScheduleState", "scale", "scale_by_learning_rate", "scale_by_schedule"]
 
 
 def scale(step_size: float | Tensor) -> GradientTransformation:
@@ -30,17 +30,31 @@ def scale(step_size: float | Tensor) -> GradientTransformation:
 
 
 class ScaleByScheduleState(NamedTuple):
-    """The state of :func:`scale_by_schedule` and of a scheduled :func:`scale_by_learning_rate`.
+    """The state of :func:`scale_by_schedule`.
 
     Attributes:
         count: the updates so far, a 0-dim int64 tensor.
-        value: the schedule's value in the last update (before the first one, the value it will have), a 0-dim tensor.
+        step_size: the schedule's value in the last update (before the first one, the value it will have), a 0-dim tensor.
     """
 
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
-    value: Tensor
+    step_size: Tensor
 
-    _derived = ("value",)
+    _derived = ("step_size",)
+
+
+class ScaleByLearningRateState(NamedTuple):
+    """The state of :func:`scale_by_learning_rate` with a schedule; with a number it keeps none.
+
+    Attributes:
+        count: the updates so far, a 0-dim int64 tensor.
+        lr: the learning rate of the last update (before the first one, the one it will have), a 0-dim tensor.
+    """
+
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    lr: Tensor
+
+    _derived = ("lr",)
 
 
 def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
@@ -59,21 +73,21 @@ def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
         tensor([0.5000])
         tensor([0.])
     """
-    return _scheduled(step_size_fn, lambda value: value)
+    return _scheduled(step_size_fn, ScaleByScheduleState, 1)
 
 
-def _scheduled(schedule: Schedule, factor: Callable[[Tensor], Tensor]) -> GradientTransformation:
+def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: int) -> GradientTransformation:
     def value_at(count: Tensor) -> Tensor:
-        return torch.as_tensor(schedule(count), device=count.device)
+        return torch.as_tensor(schedule(as_time(count)), device=count.device)
 
-    def init(params: Any) -> ScaleByScheduleState:
+    def init(params: Any) -> Any:
         count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
-        return ScaleByScheduleState(count, value_at(count).clone())
+        return kind(count, value_at(count).clone())
 
-    def update(updates: Any, state: ScaleByScheduleState, params: Any = None, **extra: Any) -> tuple[Any, ScaleByScheduleState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         value = value_at(state.count)
-        updates, _ = scale(factor(value)).update(updates, ())
-        return updates, ScaleByScheduleState(state.count + 1, value)
+        updates, _ = scale(sign * value).update(updates, ())
+        return updates, kind(state.count + 1, value)
 
     return transformation(init, update, elementwise=True)
 
@@ -83,7 +97,7 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule, *, flip_sig
 
     Args:
         learning_rate: at least 0: a number, a 0-dim tensor, or a schedule of this transformation's own step. The rate that a
-            schedule gave last is ``optfn.tree.get(state, "value")``.
+            schedule gave last is ``optfn.tree.get(state, "lr")``.
         flip_sign: False multiplies by plus the learning rate.
 
     Raises:
@@ -97,5 +111,5 @@ def scale_by_learning_rate(learning_rate: float | Tensor | Schedule, *, flip_sig
     sign = -1 if flip_sign else 1
     if callable(lr):
         schedule: Any = lr
-        return _scheduled(schedule, lambda value: sign * value)
+        return _scheduled(schedule, ScaleByLearningRateState, sign)
     return scale(sign * lr)

@@ -80,14 +80,17 @@ def accumulate(
         return AccumulateState(count, count.clone(), count.clone(), inner.init(params), tree.map(zeros, params))
 
     def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> tuple[Any, AccumulateState]:
-        k = every_k(state.gradient_step) if callable(every_k) else every_k
+        k = every_k(as_time(state.gradient_step)) if callable(every_k) else every_k
         taken = (
             all_finite(updates, state.mini_step.device) if skip_nonfinite else torch.ones_like(state.mini_step, dtype=torch.bool)
         )
         share = 1 / as_time(k) if use_grad_mean else 1
 
         def add(total: Tensor, g: Any) -> Tensor:
-            return total if g is None else torch.where(taken.to(total.device), total + g.to(total.dtype) * share, total)
+            if g is None:
+                return total
+            part = (g.to(total.dtype) * share).to(total.dtype)  # of a 0-dim leaf the product is float64, as the share is
+            return torch.where(taken.to(total.device), total + part, total)
 
         total = tree.map(add, state.accumulated, updates)
         mini_step = state.mini_step + taken

@@ -66,7 +66,8 @@ def ema_params(decay: float | Tensor | None = 0.999, *, average_dtype: torch.dty
         return EmaParamsState(count, tree.map(lambda p: p.detach().clone(), tree.cast(params, average_dtype)))
 
     def update(updates: Any, state: EmaParamsState, params: Any = None, **extra: Any) -> tuple[Any, EmaParamsState]:
-        require("ema_params", params=params)
+        if state.average is not None:  # a bare tensor that a mask hides is None
+            require("ema_params", params=params)
         count = state.count + 1
 
         def average(old: Tensor, p: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import is_zero
 from optfn.core import GradientTransformation, is_elementwise, transformation
+from optfn.schedules import as_time
 
 __all__ = ["InjectHyperparamsState", "inject_hyperparams"]
 
@@ -30,6 +31,7 @@ class InjectHyperparamsState(NamedTuple):
     inner_state: Any
 
     _derived = ("scheduled",)
+    _scalars = ("hyperparams",)
 
 
 def inject_hyperparams(
@@ -82,7 +84,6 @@ def inject_hyperparams(
         given = {*bound.arguments}
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        checked = factory(**arguments)  # the numbers are checked here, once
         kinds = {
             name: _kind(value, signature.parameters[name].default)
             for name, value in arguments.items()
@@ -98,10 +99,12 @@ def inject_hyperparams(
             return torch.as_tensor(value, dtype=dtype, device=device)
 
         def scheduled_at(count: Tensor) -> dict[str, Any]:
-            return {name: as_tensor(schedule(count), count.device) for name, schedule in schedules.items()}
+            return {name: as_tensor(schedule(as_time(count)), count.device) for name, schedule in schedules.items()}
 
         def inner(values: dict[str, Any]) -> GradientTransformation:
             return factory(**{**arguments, **values})
+
+        checked = inner(scheduled_at(torch.zeros((), dtype=torch.int64)))  # the numbers are checked here, once
 
         def init(params: Any) -> InjectHyperparamsState:
             device = next((p.device for p in tree.leaves(params)), torch.device("cpu"))
@@ -129,7 +132,9 @@ def _kind(value: Any, default: Any) -> str:
     if callable(value) and not isinstance(value, Tensor):
         return "schedule" if wants_float else "static"
     if isinstance(value, tuple):
-        return "number" if value and all(isinstance(v, float | Tensor) for v in value) else "static"
+        numeric = all(isinstance(v, int | float | Tensor) and not isinstance(v, bool) for v in value)
+        like = (*value, *default) if isinstance(default, tuple) else value
+        return "number" if numeric and any(isinstance(v, float | Tensor) for v in like) else "static"
     if isinstance(value, float) or (wants_float and isinstance(value, int | Tensor) and not isinstance(value, bool)):
         return "number"
     return "static"

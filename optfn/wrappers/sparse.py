@@ -108,9 +108,12 @@ class _Entries(_Everything):
         self.indices, self.shape = g.indices(), g.shape
 
     def gather(self, x: Tensor) -> Tensor:
-        return x[tuple(self.indices)]
+        # A 0-dim tensor has one entry, and no index.
+        return x[tuple(self.indices)] if x.ndim else x.expand_as(self.values)
 
     def scatter(self, old: Tensor, new: Tensor) -> Tensor:
+        if not old.ndim:
+            return new[0] if len(new) else old
         return old.index_put(tuple(self.indices), new)
 
     def restore(self, update: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+# Every target makes the environment it needs in .venv, from Python 3.11 or later and the versions in requirements.lock.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types docs clean
+
+demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+test: $(VENV)/dev.installed ## all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.installed ## strict type check of the package
+	$(BIN)/basedpyright
+
+docs: $(VENV)/dev.installed ## the documentation, to docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# The lock is a constraint: each extra takes what it needs of it. torch comes first and pinned, so that pip
+# takes the build that it is configured to find.
+$(VENV)/%.installed: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("optfn needs Python 3.11 or later, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) docs/_build runs .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,1 @@
+"""What the training in ``train_gpt.py`` needs besides optfn: text, network, checkpoints, the torch.optim twin, the report."""

@@ -1,0 +1,195 @@
+"""The rows of the conformance grid: every public transformation, with its main options, and what it declares not to do."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import optfn
+from optfn import GradientTransformation
+
+
+class Declared(NamedTuple):
+    """Why a cell is not green, and the error that its check must raise for the reason to be true."""
+
+    reason: str
+    error: type[Exception]
+    match: str
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One transformation under test.
+
+    Attributes:
+        name: a public name of optfn, and after a dot the option.
+        make: the transformation, from a hyperparameter that may be a tensor (from nothing if ``value`` is None).
+        value: a number for that hyperparameter, away from the points where the result has a kink.
+        around: for a row that wraps: the same wrapper around any elementwise transformation.
+        in_state: the hyperparameter's name, if it lives in the state rather than in the pair.
+        wide: the parameter-shaped parts of the state that have a dtype of their own for half-precision parameters, and which.
+        sparse: the gradients are handed over as sparse COO tensors.
+        but: the cells that are not green.
+    """
+
+    name: str
+    make: Callable[..., GradientTransformation]
+    value: float | None = 0.1
+    around: Callable[[GradientTransformation], GradientTransformation] | None = None
+    in_state: str | None = None
+    wide: Mapping[str, torch.dtype] = field(default_factory=dict)
+    sparse: bool = False
+    but: Mapping[str, Declared] = field(default_factory=dict)
+
+    def build(self, h: Any = None) -> GradientTransformation:
+        """The transformation, with the hyperparameter ``h`` if it is not one that lives in the state."""
+        if self.value is None:
+            return self.make()
+        return self.make(self.value if self.in_state or h is None else h)
+
+    def place(self, state: Any, h: Any) -> Any:
+        """The state, with the hyperparameter in it if it lives there."""
+        return optfn.tree.set(state, **{self.in_state: h}) if self.in_state and h is not None else state
+
+
+def wrapper(
+    name: str, around: Callable[[GradientTransformation], GradientTransformation], inner: Any = optfn.adam, **options: Any
+) -> Row:
+    """A row for what wraps another transformation; its hyperparameter is that one's learning rate."""
+    return Row(name, lambda h: around(inner(h)), around=around, **options)
+
+
+def pairs(path: str, p: Any) -> bool:
+    """A mask that holds for one leaf of the samples, "a", also for its real view and under other paths."""
+    return p.shape[:1] == (2,)
+
+
+def kind(path: str, p: Any) -> str:
+    return "pair" if pairs(path, p) else "other"
+
+
+class SignSlots(NamedTuple):
+    mu: Tensor
+
+
+def sign_of_average(b1: Any) -> GradientTransformation:
+    """A rule of a user's own (smooth, so that it can be differentiated) under the lift."""
+
+    def update(g: Tensor, slots: SignSlots, p: Any, step: Tensor) -> tuple[Tensor, SignSlots]:
+        mu = b1 * slots.mu + (1 - b1) * g
+        return torch.tanh(mu * step), SignSlots(mu)
+
+    return optfn.leafwise(lambda p: SignSlots(torch.zeros_like(p)), update, elementwise=True)
+
+
+NO_NONE = Declared("torch.func has no None as an output", ValueError, "got type <class 'NoneType'>")
+NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
+AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
+NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
+AS_IT_IS = Declared("a function of whole trees is handed half-precision leaves as they are", AssertionError, "are not equal")
+NO_BATCH = Declared("torch has no batched sparse tensors", NotImplementedError, "'SparseCPU' backend")
+
+ROWS = [
+    # Aliases
+    Row("sgd", optfn.sgd),
+    Row("sgd.momentum", lambda h: optfn.sgd(h, momentum=0.9, dampening=0.5, weight_decay=0.1, maximize=True)),
+    Row("sgd.nesterov", lambda h: optfn.sgd(0.1, momentum=h, nesterov=True), 0.9),
+    Row("adam", optfn.adam),
+    Row("adam.amsgrad", lambda h: optfn.adam(h, weight_decay=0.1, amsgrad=True, maximize=True)),
+    Row("adam.b1", lambda h: optfn.adam(0.1, betas=(h, 0.99)), 0.8),
+    Row("adam.schedule", lambda h: optfn.adam(optfn.linear_schedule(h, 0.01, 10))),
+    Row("adamw", optfn.adamw),
+    Row("adamw.mask", lambda h: optfn.adamw(0.1, weight_decay=h, amsgrad=True, maximize=True, mask=pairs)),
+    Row("adagrad", optfn.adagrad),
+    Row("adagrad.decay", lambda h: optfn.adagrad(0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=h, maximize=True)),
+    Row("rmsprop", optfn.rmsprop),
+    Row("rmsprop.centered", lambda h: optfn.rmsprop(0.1, alpha=h, weight_decay=0.1, centered=True, maximize=True), 0.8),
+    Row("rmsprop.momentum", lambda h: optfn.rmsprop(h, momentum=0.9)),
+    Row(
+        "sparse_adam",
+        optfn.sparse_adam,
+        sparse=True,
+        but={
+            "fullgraph": NO_GRAPH,
+            "one_graph": NO_GRAPH,
+            "vmap": NO_BATCH,
+            "vmap_lr": NO_BATCH,
+            "meta": Declared("torch neither adds sparse meta tensors nor makes them dense", NotImplementedError, "'SparseMeta'"),
+            "jvp": Declared(
+                "torch has no forward derivatives of sparse tensors", NotImplementedError, "forward AD with _sparse_coo"
+            ),
+        },
+    ),
+    # Blocks
+    Row("scale_by_adam", lambda h: optfn.scale_by_adam(b2=h), 0.99),
+    Row(
+        "scale_by_adam.nesterov",
+        lambda h: optfn.scale_by_adam(eps_root=h, nesterov=True, mu_dtype=torch.float64),
+        wide={"mu": torch.float64},
+    ),
+    Row("scale_by_adam.debiased", lambda h: optfn.scale_by_adam(b2=h, amsgrad="debiased", eps_hat=True), 0.9),
+    Row("scale_by_adagrad", lambda h: optfn.scale_by_adagrad(lr_decay=h)),
+    Row("scale_by_adagrad.eps_in_sqrt", lambda h: optfn.scale_by_adagrad(0.1, eps=h, eps_in_sqrt=True)),
+    Row("scale_by_rms", lambda h: optfn.scale_by_rms(h), 0.9),
+    Row("scale_by_rms.centered", lambda h: optfn.scale_by_rms(h, 1e-3, 0.1, bias_correction=True, centered=True), 0.9),
+    Row("trace", optfn.trace, 0.9),
+    Row(
+        "trace.nesterov",
+        lambda h: optfn.trace(0.9, nesterov=True, accumulator_dtype=torch.float64, dampening=h),
+        wide={"trace": torch.float64},
+    ),
+    Row("scale", optfn.scale, -0.1),
+    Row("scale_by_schedule", lambda h: optfn.scale_by_schedule(optfn.linear_schedule(h, 0.0, 10))),
+    Row("scale_by_learning_rate", optfn.scale_by_learning_rate),
+    Row("scale_by_learning_rate.schedule", lambda h: optfn.scale_by_learning_rate(optfn.cosine_decay_schedule(h, 10))),
+    Row("add_decayed_weights", optfn.add_decayed_weights),
+    Row("add_decayed_weights.mask", lambda h: optfn.add_decayed_weights(h, mask=pairs)),
+    Row("clip", optfn.clip, 0.7),
+    Row("clip_by_global_norm", optfn.clip_by_global_norm, 0.7),
+    Row("clip_by_block_rms", optfn.clip_by_block_rms, 0.7),
+    # Combinators
+    wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
+    wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
+    wrapper("masked", lambda tx: optfn.masked(tx, pairs)),
+    wrapper(
+        "partition",
+        lambda tx: optfn.partition({"pair": tx, "other": optfn.sgd(0.1, momentum=0.9)}, kind),
+        but={"bare_params": Declared("one leaf cannot have both labels", ValueError, "no leaf has the label 'other'")},
+    ),
+    Row(
+        "freeze",
+        optfn.freeze,
+        None,
+        but={
+            "one_graph": Declared("nothing is computed", AssertionError, "^0 graphs"),
+            "vmap": NO_NONE,
+            "vmap_lr": NO_NUMBER,
+            "grad": Declared("the gradients of frozen leaves are not used", AssertionError, "nothing depends on grads"),
+            "records": Declared("the gradients of frozen leaves are not used", AssertionError, "updates do not require grad"),
+        },
+    ),
+    Row("freeze.mask", lambda h: optfn.chain(optfn.freeze(pairs), optfn.adamw(h)), but={"vmap": NO_NONE}),
+    wrapper("maximize", optfn.maximize),
+    Row("identity", optfn.identity, None, but={"vmap_lr": NO_NUMBER}),
+    Row(
+        "stateless",
+        lambda h: optfn.stateless(lambda updates, params: optfn.tree.map(lambda u: -h * (u / 3), updates)),
+        but={"bf16": AS_IT_IS, "fp16": AS_IT_IS},
+    ),
+    Row("stateless_with_tree_map", lambda h: optfn.stateless_with_tree_map(lambda g, p: -h * torch.tanh(g))),
+    Row("leafwise", sign_of_average, 0.9),
+    # Wrappers
+    wrapper("sparse_masked", lambda tx: optfn.sparse_masked(tx, dense="zeros_absent")),
+    Row(
+        "inject_hyperparams",
+        lambda h: optfn.inject_hyperparams(optfn.adam)(h, eps=optfn.linear_schedule(1e-3, 1e-4, 5)),
+        around=lambda tx: optfn.inject_hyperparams(lambda lr: optfn.chain(optfn.scale(lr), tx))(lr=0.1),
+        in_state="lr",
+    ),
+    wrapper("apply_if_finite", optfn.apply_if_finite),
+    wrapper("accumulate", lambda tx: optfn.accumulate(tx, 2), wide={"accumulated": torch.float32}),
+    Row("ema_params", lambda h: optfn.chain(optfn.sgd(0.1), optfn.ema_params(h)), 0.9, but={"none": AVERAGED}),
+    Row("ema_params.swa", lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(None)), but={"none": AVERAGED}),
+]

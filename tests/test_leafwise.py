@@ -1,0 +1,349 @@
+"""The lift: what it refuses, and the dtypes that it computes in and gives back."""
+
+import types
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from optax_oracle import assert_close, some_grads, some_params
+
+import optfn
+
+PARAMS = {"a": {"w": torch.ones(2, 3), "b": torch.ones(3)}, "c": torch.ones((), dtype=torch.complex64), "none": None}
+GRADS = {"a": {"w": torch.full((2, 3), 0.5), "b": torch.ones(3)}, "c": torch.ones((), dtype=torch.complex64), "none": None}
+
+
+def with_(tree, path, value):
+    """A copy of a nested dict with another leaf, or without it where the value is ``...``."""
+    name, _, rest = path.partition(".")
+    new = dict(tree)
+    if rest:
+        new[name] = with_(tree[name], rest, value)
+    elif value is ...:
+        del new[name]
+    else:
+        new[name] = value
+    return new
+
+
+SPARSE = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (2, 3), check_invariants=True)
+with warnings.catch_warnings(action="ignore"):
+    COMPRESSED = SPARSE.to_dense().to_sparse_csc()
+
+# What is wrong with the gradients: the path, what stands there, the error and its message.
+BAD_GRADS = {
+    "missing leaf": ("a.b", ..., ValueError, "'a.b' is only in"),
+    "leaf too many": ("a.x", torch.ones(1), ValueError, "'a.x' is only in updates"),
+    "another name": ("a", {"w": torch.ones(2, 3), "v": torch.ones(3)}, ValueError, "'a.v' is only in updates, 'a.b' is only in"),
+    "another container": ("a", [torch.ones(3), torch.ones(2, 3)], ValueError, "'a.0' is only in updates, 'a.b' is only in"),
+    "another shape": ("a.w", torch.ones(3, 2), ValueError, r"'a.w' must have an update like .* \(2, 3\), got .* \(3, 2\)"),
+    "one that would broadcast": ("a.w", torch.ones(3), ValueError, r"'a.w' must have an update like .* \(2, 3\), got .* \(3,\)"),
+    "0-dim": ("a.b", torch.ones(()), ValueError, r"'a.b' must have an update like .* \(3,\), got .* \(\)"),
+    "complex for real": ("a.b", torch.ones(3, dtype=torch.complex64), ValueError, "'a.b' must have an update like .*complex64"),
+    "real for complex": ("c", torch.ones(()), ValueError, "'c' must have an update like .*complex64.* got torch.float32"),
+    "integer": ("a.b", torch.ones(3, dtype=torch.int64), TypeError, "'a.b' must have a floating-point .*gradient, got torch.int64"),
+    "bool": ("a.b", torch.ones(3, dtype=torch.bool), TypeError, "'a.b' must have a floating-point .*gradient, got torch.bool"),
+    "number": ("a.b", 1.0, TypeError, "updates at 'a.b' must be a tensor or None, got float"),
+    "string": ("a.b", "1.0", TypeError, "updates at 'a.b' must be a tensor or None, got str"),
+    "for a None leaf": ("none", torch.ones(1), ValueError, "'none' has an update, but"),
+    "sparse": ("a.w", SPARSE, TypeError, r"'a.w' has a sparse gradient.* optfn.sparse_masked\({}\(...\)\)"),
+    "sparse CSC": ("a.w", COMPRESSED, TypeError, r"'a.w' has a sparse gradient.* \.to_dense\(\)"),
+}
+
+RULES = {
+    "scale_by_adam": optfn.scale_by_adam(),
+    "scale_by_rms": optfn.scale_by_rms(centered=True),
+    "scale_by_adagrad": optfn.scale_by_adagrad(),
+    "trace": optfn.trace(0.9),
+    "clip": optfn.clip(1.0),
+    "add_decayed_weights": optfn.add_decayed_weights(0.1),
+}
+STATELESS = {"clip", "add_decayed_weights"}
+
+
+CELLS = [
+    (bad, rule, given)
+    for bad in BAD_GRADS
+    for rule in RULES
+    for given in ("params", "no params")
+    # A sparse gradient is none of trace's errors; without state and params there is nothing to compare with.
+    if not (bad == "sparse" and rule == "trace") and not (given == "no params" and rule in STATELESS)
+]
+
+
+@pytest.mark.parametrize(("bad", "rule", "given"), CELLS)
+def test_bad_gradients_name_the_leaf_and_change_nothing(bad, rule, given):
+    path, value, kind, message = BAD_GRADS[bad]
+    tx, grads = RULES[rule], with_(GRADS, path, value)
+    state = tx.init(PARAMS)
+    tensors = [x for x in optfn.tree.leaves((PARAMS, state, GRADS)) if isinstance(x, torch.Tensor)]
+    before = [(x._version, x.clone()) for x in tensors]
+    arguments = (grads, state, PARAMS) if given == "params" else (grads, state)
+    with pytest.raises(kind, match=message.format(rule)):
+        tx.update(*arguments)
+    assert all(x._version == version and torch.equal(x, old) for x, (version, old) in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("params", [None, {**PARAMS, "c": None}])
+def test_a_rule_that_reads_params_says_so(params):
+    tx = RULES["add_decayed_weights"]
+    kind, message = (
+        (TypeError, "needs `params`: call update") if params is None else (ValueError, "'c' has an update, but no param")
+    )
+    with pytest.raises(kind, match=f"add_decayed_weights(:)? {message}"):
+        tx.update(GRADS, tx.init(PARAMS), params)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name not in STATELESS])
+def test_a_state_of_other_parameters(rule):
+    """The same structure, shapes that broadcast: no error of torch would stop it."""
+    tx = RULES[rule]
+    state = tx.init({"w": torch.ones(1)})
+    g = {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match="'w'"):
+        tx.update(g, state, g)
+
+
+def test_params_of_another_structure():
+    tx = optfn.scale_by_adam()
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"params must have the structure of updates: 'a.b' is only in updates"):
+        tx.update(GRADS, state, with_(PARAMS, "a.b", ...))
+    with pytest.raises(ValueError, match=r"'a.b' is only in"):
+        tx.update(with_(GRADS, "a.b", ...), state, with_(PARAMS, "a.b", ...))
+
+
+@pytest.mark.parametrize(
+    ("params", "kind", "message"),
+    [
+        ({}, ValueError, "^optimizer got an empty parameter tree$"),
+        ([], ValueError, "^optimizer got an empty parameter tree$"),
+        ({"a": {}, "b": ()}, ValueError, "^optimizer got an empty parameter tree$"),
+        ({"a": {"b": torch.ones(2, dtype=torch.int32)}}, TypeError, "'a.b' must be a dense floating-point .* got torch.int32"),
+        ({"a": {"b": SPARSE}}, TypeError, "'a.b' must be a dense floating-point .* got torch.sparse_coo"),
+        ({"a": [torch.ones(1), 2.0]}, TypeError, "params at 'a.1' must be a tensor or None, got float"),
+        (2.0, TypeError, "params must be a tensor or None, got float"),
+        (torch.nn.Linear(2, 2), TypeError, r"params is a module: pass a tree of tensors, dict\(module.named_parameters\(\)\)"),
+        ({"m": torch.nn.Linear(2, 2)}, TypeError, "params at 'm' is a module: pass"),
+        (torch.nn.Linear(2, 2).parameters(), TypeError, "params is a generator: pass a tree of tensors"),
+        (iter([torch.ones(1)]), TypeError, "params is a generator"),
+        ((x for x in [torch.ones(1)]), TypeError, "params is a generator"),
+        ({"layer": (x for x in [torch.ones(1)])}, TypeError, "params at 'layer' is a generator"),
+    ],
+)
+@pytest.mark.parametrize("tx", [optfn.scale_by_adam(), optfn.sgd(momentum=0.9), optfn.accumulate(optfn.adamw(), 2)])
+def test_bad_params(tx, params, kind, message):
+    with pytest.raises(kind, match=message):
+        tx.init(params)
+
+
+@pytest.mark.parametrize(
+    ("params", "updates", "kind", "message"),
+    [
+        (
+            {"a": [torch.ones(2)]},
+            {"a": [torch.ones(3)]},
+            ValueError,
+            r"the update of 'a.0' must be a tensor of shape \(2,\), got .*3",
+        ),
+        (
+            {"a": [torch.ones(2)]},
+            {"a": [torch.ones(1)]},
+            ValueError,
+            r"the update of 'a.0' must be a tensor of shape \(2,\), got .*1",
+        ),
+        ({"a": torch.ones(2)}, {"a": 1.0}, ValueError, "the update of 'a' must be a tensor .* got float"),
+        ({"a": torch.ones(2)}, {"b": torch.ones(2)}, ValueError, "'a' is only in params, 'b' is only in updates"),
+        (torch.nn.Linear(1, 1), {}, TypeError, "params is a module"),
+    ],
+)
+def test_apply_updates_errors(params, updates, kind, message):
+    with pytest.raises(kind, match=message):
+        optfn.apply_updates(params, updates)
+
+
+HALF = {
+    "adam": optfn.scale_by_adam(),
+    "adam, nesterov, amsgrad": optfn.scale_by_adam(nesterov=True, amsgrad=True),
+    "rms": optfn.scale_by_rms(centered=True, bias_correction=True, eps=1e-2),
+    "adagrad": optfn.scale_by_adagrad(lr_decay=0.1),
+    "trace": optfn.trace(0.9, nesterov=True, dampening=0.0),
+    "decay": optfn.add_decayed_weights(0.3),
+    "clip": optfn.clip(0.3),
+    "clip_by_block_rms": optfn.clip_by_block_rms(0.3),
+    "clip_by_global_norm": optfn.clip_by_global_norm(0.3),
+    "learning rate": optfn.scale_by_learning_rate(torch.tensor(0.1, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_is_float32_rounded_once(name, dtype):
+    """Each step against the same step in float32 from the same (half-precision) values."""
+    tx, params = HALF[name], optfn.tree.cast(some_params(torch.float32), dtype)
+    state = tx.init(params)
+    for g in some_grads(10, torch.float32):
+        g = optfn.tree.cast(g, dtype)
+        wide = [optfn.tree.cast(x, torch.float32) if x is not None else None for x in (g, state, params)]
+        expected, expected_state = tx.update(*wide)
+        updates, new = tx.update(g, state, params)
+        for x, y in zip(optfn.tree.leaves(updates), optfn.tree.leaves(expected), strict=True):
+            assert x.dtype == dtype
+            assert torch.equal(x, y.to(dtype))
+        for x, y, old in zip(*map(optfn.tree.leaves, (new, expected_state, state)), strict=True):
+            assert x.dtype == old.dtype
+            assert torch.equal(x, y.to(x.dtype))
+        state, params = new, optfn.apply_updates(params, updates)
+
+
+NUMBERS = {
+    "adam": lambda x: optfn.chain(optfn.scale_by_adam(x(0.9), x(0.99), x(1e-8), x(1e-9)), optfn.scale_by_learning_rate(x(0.1))),
+    "adamw": lambda x: optfn.adamw(x(0.1), (x(0.9), x(0.99)), x(1e-8), x(0.1)),
+    "rmsprop": lambda x: optfn.rmsprop(x(0.1), x(0.9), x(1e-8), x(0.1), x(0.9), centered=True),
+    "adagrad": lambda x: optfn.adagrad(x(0.1), x(0.1), x(0.1), x(0.1), x(1e-8)),
+    "sgd": lambda x: optfn.sgd(x(0.1), x(0.9), x(0.1), x(0.1)),
+    "clip": lambda x: optfn.chain(optfn.clip(x(0.3)), optfn.clip_by_global_norm(x(0.3)), optfn.clip_by_block_rms(x(0.3))),
+    "scheduled": lambda x: optfn.chain(optfn.scale_by_adam(), optfn.scale_by_learning_rate(optfn.constant_schedule(x(0.1)))),
+}
+
+
+@pytest.mark.parametrize("number", [float, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_dtypes_are_those_of_the_leaf_whatever_the_numbers(name, dtype, number):
+    """0-dim leaves too, where torch's promotion would let a 0-dim float64 number decide."""
+    tx = NUMBERS[name](number if number is float else lambda x: torch.tensor(x, dtype=number))
+    params = {name: p.to(dtype) for name, p in some_params().items()}
+    state = tx.init(params)
+    kinds = [x.dtype for x in optfn.tree.leaves(state)]
+    for g in some_grads(2):
+        updates, state = tx.update({name: x.to(dtype) for name, x in g.items()}, state, params)
+        assert {u.dtype for u in updates.values()} == {dtype}
+        params = optfn.apply_updates(params, updates)
+        assert {p.dtype for p in params.values()} == {dtype}
+        assert [x.dtype for x in optfn.tree.leaves(state)] == kinds
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name != "clip"])
+def test_a_float32_number_does_not_make_a_float64_leaf_less_exact(name):
+    """0.5 and its like are the same in both, so the results must be."""
+    value = {0.9: 0.5, 0.99: 0.75, 0.1: 0.125, 1e-8: 2.0**-26, 1e-9: 2.0**-30}
+    plain = NUMBERS[name](lambda x: value[x])
+    tensors = NUMBERS[name](lambda x: torch.tensor(value[x], dtype=torch.float32))
+    states = plain.init(some_params()), tensors.init(some_params())
+    for g in some_grads(10):
+        expected, first = plain.update(g, states[0], some_params())
+        updates, second = tensors.update(g, states[1], some_params())
+        states = first, second
+        assert_close(updates, expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("p", "u"),
+    [
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.complex64, torch.complex128),
+    ],
+)
+def test_apply_updates_adds_in_the_wider_dtype(p, u):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1000, generator=generator, dtype=torch.float64).to(dtype) for dtype in (p, u))
+    wide = torch.complex128 if p.is_complex else torch.float64
+    narrow_first = x + y.to(p)
+    for given, update in ((x, y), (x[0], y[0])):
+        new = optfn.apply_updates({"w": given}, {"w": update})["w"]
+        assert new.dtype == p
+        assert_close(new, (given.to(wide) + update.to(wide)).to(torch.promote_types(p, u)).to(p), 0)
+    if torch.promote_types(p, u) != p:
+        assert not torch.equal(optfn.apply_updates(x, y), narrow_first)  # rounding the update first would be another sum
+
+
+def test_apply_updates_of_none_and_sparse():
+    params = {"a": torch.ones(2), "rows": torch.ones(2, 3), "half": torch.ones(2, 3).bfloat16(), "none": None}
+    new = optfn.apply_updates(params, {"a": None, "rows": SPARSE, "half": SPARSE, "none": None})
+    assert new["a"] is params["a"]
+    assert new["none"] is None
+    for name in ("rows", "half"):
+        assert new[name].dtype == params[name].dtype
+        assert torch.equal(new[name], torch.tensor([[1.0], [2.0]]).expand(2, 3).to(new[name].dtype))
+
+
+def test_updates_have_the_dtype_of_the_gradients():
+    """Gradients of another precision than the parameters': slots stay with the parameters."""
+    tx = optfn.adamw(lr=0.1)
+    params, g = {"w": torch.ones(3)}, {"w": torch.ones(3).bfloat16()}
+    updates, state = tx.update(g, tx.init(params), params)
+    assert updates["w"].dtype == torch.bfloat16
+    assert optfn.tree.get(state, "mu")["w"].dtype == torch.float32
+    assert optfn.apply_updates(params, updates)["w"].dtype == torch.float32
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | tuple[()] = ()
+
+
+def test_what_a_rule_may_rely_on():
+    """Real tensors of one shape, float32 or wider, and a step of their dtype that counts from 1."""
+    seen = []
+
+    def make(needs_params):
+        def init(p):
+            return Pair(torch.zeros_like(p), torch.zeros(()))
+
+        def update(g, slots, p, step):
+            seen.append((g, p, step))
+            return g, Pair(slots.first + g, slots.second + 1)
+
+        return optfn.leafwise(init, update, needs_params=needs_params)
+
+    params = {"c": torch.ones(2, dtype=torch.complex128), "h": torch.ones(2).half(), "n": torch.ones(2), "x": None}
+    tx = make(True)
+    state = tx.init(params)
+    for _ in range(2):
+        seen.clear()
+        _, state = tx.update({**params, "n": None}, state, params)
+    (c, pc, step_c), (h, ph, step_h) = seen
+    assert (c.shape, pc.shape, c.dtype, step_c.dtype) == ((2, 2), (2, 2), torch.float64, torch.float64)
+    assert (h.dtype, ph.dtype, step_h.dtype) == (torch.float32, torch.float32, torch.float32)
+    assert step_c == step_h == 2
+    assert step_c.ndim == 0
+    assert state.step.tolist() == [2, 2, 0, 0]
+    assert state.slots.first["c"].dtype == torch.complex128
+    assert state.slots.first["x"] == ()
+    assert [state.slots.second[name].item() for name in "chn"] == [2.0, 2.0, 0.0]
+    seen.clear()
+    make(False).update({"w": torch.ones(2)}, make(False).init({"w": torch.ones(2)}))
+    assert seen[0][1] is None
+
+
+def test_an_error_of_a_rule_s_init_names_the_leaf():
+    def matrices_only():
+        def init(p):
+            if p.ndim != 2:
+                raise ValueError(f"needs a matrix, got {p.ndim} dimensions")
+            return Pair(torch.zeros_like(p))
+
+        return optfn.leafwise(init, lambda g, slots, p, step: (g, slots))
+
+    with pytest.raises(ValueError, match=r"'a.b': needs a matrix, got 1 dimensions"):
+        matrices_only().init({"a": {"w": torch.ones(1, 1), "b": torch.ones(1)}})
+
+
+def test_a_bare_tensor_has_no_path_to_name():
+    tx = optfn.scale_by_adam()
+    with pytest.raises(ValueError, match=r"^scale_by_adam: the tensor must have an update like its parameter"):
+        tx.update(torch.ones(3), tx.init(torch.ones(2)), torch.ones(2))
+
+
+def test_the_pair_is_immutable():
+    tx = optfn.adam()
+    assert isinstance(tx, tuple)
+    assert isinstance(tx.init, types.FunctionType)
+    with pytest.raises(AttributeError):
+        tx.init = None
