@@ -270,10 +270,11 @@ def _apart(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nodes = list(graph.graph.nodes)
         if any(isinstance(x := node.meta.get("example_value"), Tensor) and x.is_complex() for node in nodes):
-            written = [node.args[0] for node in nodes if node.op == "call_method" and node.target == "copy_"]
+            writes = [node for node in nodes if node.target == "copy_" and node.args[0].op == "placeholder"]
             first = next(node for node in nodes if node.op != "placeholder")
-            for x in written:
-                users = [user for user in x.users if user.op != "output" and user.target != "copy_"]
+            for write in writes:
+                x = write.args[0]
+                users = [user for user in x.users if user.op != "output" and user is not write]
                 with graph.graph.inserting_before(first):
                     copy = graph.graph.call_function(torch.ops.optfn.copy.default, (x,))
                 copy.meta = dict(x.meta)

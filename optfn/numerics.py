@@ -4,11 +4,13 @@ Everything here is written for one tensor and traces, batches (``vmap``) and dif
 """
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Scalar",
     "as_complex",
     "as_real",
     "bias_correction",
@@ -21,6 +23,9 @@ __all__ = [
     "sqrt",
     "widened_scalar",
 ]
+
+Scalar: TypeAlias = float | Tensor
+"""A number, or a 0-dim tensor: swept, learned or kept in a state."""
 
 
 def widened_scalar(x: Tensor) -> Tensor:
@@ -35,7 +40,7 @@ def widened_scalar(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def bias_correction(decay: float | Tensor, step: Tensor) -> Tensor:
+def bias_correction(decay: Scalar, step: Tensor) -> Tensor:
     r"""The weight that a moment has gathered after ``step`` steps: :math:`1 - \beta^t`.
 
     Computed as :math:`-\mathrm{expm1}(t \log \beta)`, which keeps all digits where
@@ -56,7 +61,7 @@ def bias_correction(decay: float | Tensor, step: Tensor) -> Tensor:
     return -torch.expm1(step * math.log(decay))
 
 
-def debias(moment: Tensor, decay: float | Tensor, step: Tensor) -> Tensor:
+def debias(moment: Tensor, decay: Scalar, step: Tensor) -> Tensor:
     r"""A moment that began at zero, corrected: :math:`\hat m = m / (1 - \beta^t)`.
 
     Args:
@@ -71,7 +76,7 @@ def debias(moment: Tensor, decay: float | Tensor, step: Tensor) -> Tensor:
     return moment / bias_correction(decay, step)
 
 
-def full_like(x: Tensor, value: float | Tensor) -> Tensor:
+def full_like(x: Tensor, value: Scalar) -> Tensor:
     """A tensor like ``x`` that holds ``value`` everywhere, in the dtype of ``x``; ``value`` may be batched or differentiated.
 
     Example:
@@ -95,7 +100,7 @@ def sqrt(x: Tensor) -> Tensor:
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
 
 
-def lerp(start: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+def lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
     """``start + weight * (end - start)``, where a tensor weight may have another dtype.
 
     Example:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from optfn.numerics import widened_scalar
+from optfn.numerics import Scalar, widened_scalar
 
 __all__ = [
     "Schedule",
@@ -33,7 +33,7 @@ __all__ = [
 Schedule: TypeAlias = Callable[[Any], Tensor]
 """``schedule(step) -> value``."""
 
-Scalar: TypeAlias = float | Tensor
+ScalarOrSchedule: TypeAlias = float | Tensor | Schedule
 
 
 def as_time(step: int | float | Tensor) -> Tensor:

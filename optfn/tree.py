@@ -398,7 +398,8 @@ def map_params(f: Callable[..., Any], state: Any, params: Any, *rest: Any, other
         >>> map_params(lambda x: x.to(torch.bfloat16), state, params).slots.mu
         {'w': tensor([0., 0.], dtype=torch.bfloat16)}
     """
-    likes, spec = flatten(params)
+    likes: list[Any] = []
+    spec = _Structure(params, likes)  # optree would write out the tensors of every part that does not fit
     others = [match(spec, tree, f"tree {i + 1} of rest", "params") for i, tree in enumerate(rest)]
     bare = likes[0].shape if spec.is_leaf() and isinstance(likes[0], Tensor) else None
 

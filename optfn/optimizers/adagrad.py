@@ -8,8 +8,8 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import full_like, sqrt
-from optfn.schedules import Schedule
+from optfn.numerics import Scalar, full_like, sqrt
+from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 from optfn.wrappers.sparse import sparse_masked
@@ -24,11 +24,7 @@ class AdagradSlots(NamedTuple):
 
 
 def scale_by_adagrad(
-    initial_accumulator_value: float | Tensor = 0.0,
-    eps: float | Tensor = 1e-10,
-    lr_decay: float | Tensor = 0.0,
-    *,
-    eps_in_sqrt: bool = False,
+    initial_accumulator_value: Scalar = 0.0, eps: Scalar = 1e-10, lr_decay: Scalar = 0.0, *, eps_in_sqrt: bool = False
 ) -> GradientTransformation:
     r"""Rescale updates by the root of the sum of all squared gradients.
 
@@ -70,11 +66,11 @@ def scale_by_adagrad(
 
 
 def adagrad(
-    lr: float | Tensor | Schedule = 1e-2,
-    lr_decay: float | Tensor = 0.0,
-    weight_decay: float | Tensor = 0.0,
-    initial_accumulator_value: float | Tensor = 0.0,
-    eps: float | Tensor = 1e-10,
+    lr: ScalarOrSchedule = 1e-2,
+    lr_decay: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+    initial_accumulator_value: Scalar = 0.0,
+    eps: Scalar = 1e-10,
     *,
     maximize: bool = False,
 ) -> GradientTransformation:

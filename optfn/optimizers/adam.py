@@ -7,10 +7,10 @@ from torch import Tensor
 
 from optfn.checks import number
 from optfn.compose import chain, negate_if
-from optfn.core import GradientTransformation, identity
+from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import bias_correction, debias, lerp, sqrt
-from optfn.schedules import Schedule
+from optfn.numerics import Scalar, bias_correction, debias, lerp, sqrt
+from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 
@@ -32,10 +32,10 @@ class AdamSlots(NamedTuple):
 
 
 def scale_by_adam(
-    b1: float | Tensor = 0.9,
-    b2: float | Tensor = 0.999,
-    eps: float | Tensor = 1e-8,
-    eps_root: float | Tensor = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = False,
@@ -105,10 +105,10 @@ def scale_by_adam(
 
 
 def adam(
-    lr: float | Tensor | Schedule = 1e-3,
-    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-    eps: float | Tensor = 1e-8,
-    weight_decay: float | Tensor = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -143,21 +143,16 @@ def adam(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.9000])}
     """
-    decay = add_decayed_weights(weight_decay, mask)
-    return chain(
-        negate_if(maximize),
-        identity() if decoupled_weight_decay else decay,
-        scale_by_adam(*betas, eps=eps, amsgrad=amsgrad),
-        decay if decoupled_weight_decay else identity(),
-        scale_by_learning_rate(lr),
-    )
+    rule, decay = scale_by_adam(*betas, eps=eps, amsgrad=amsgrad), add_decayed_weights(weight_decay, mask)
+    decayed = (rule, decay) if decoupled_weight_decay else (decay, rule)
+    return chain(negate_if(maximize), *decayed, scale_by_learning_rate(lr))
 
 
 def adamw(
-    lr: float | Tensor | Schedule = 1e-3,
-    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-    eps: float | Tensor = 1e-8,
-    weight_decay: float | Tensor = 1e-2,
+    lr: ScalarOrSchedule = 1e-3,
+    betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,

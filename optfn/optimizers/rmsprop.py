@@ -9,8 +9,8 @@ from optfn.checks import is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import leafwise
-from optfn.numerics import debias, full_like, lerp, sqrt
-from optfn.schedules import Schedule
+from optfn.numerics import Scalar, debias, full_like, lerp, sqrt
+from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import trace
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -31,9 +31,9 @@ class RmsSlots(NamedTuple):
 
 
 def scale_by_rms(
-    decay: float | Tensor = 0.9,
-    eps: float | Tensor = 1e-8,
-    initial_scale: float | Tensor = 0.0,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
     *,
@@ -89,11 +89,11 @@ def scale_by_rms(
 
 
 def rmsprop(
-    lr: float | Tensor | Schedule = 1e-2,
-    alpha: float | Tensor = 0.99,
-    eps: float | Tensor = 1e-8,
-    weight_decay: float | Tensor = 0.0,
-    momentum: float | Tensor = 0.0,
+    lr: ScalarOrSchedule = 1e-2,
+    alpha: Scalar = 0.99,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    momentum: Scalar = 0.0,
     centered: bool = False,
     *,
     maximize: bool = False,
@@ -126,10 +126,6 @@ def rmsprop(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.8000])}
     """
-    return chain(
-        negate_if(maximize),
-        add_decayed_weights(weight_decay),
-        scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered),
-        identity() if is_zero(momentum) else trace(momentum),
-        scale_by_learning_rate(lr),
-    )
+    rule = scale_by_rms(alpha, eps, eps_in_sqrt=False, centered=centered)
+    velocity = identity() if is_zero(momentum) else trace(momentum)
+    return chain(negate_if(maximize), add_decayed_weights(weight_decay), rule, velocity, scale_by_learning_rate(lr))

@@ -1,11 +1,10 @@
 """Stochastic gradient descent, with momentum."""
 
-from torch import Tensor
-
 from optfn.checks import is_zero
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, identity
-from optfn.schedules import Schedule
+from optfn.numerics import Scalar
+from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import trace
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -14,10 +13,10 @@ __all__ = ["sgd"]
 
 
 def sgd(
-    lr: float | Tensor | Schedule = 1e-3,
-    momentum: float | Tensor = 0.0,
-    dampening: float | Tensor = 0.0,
-    weight_decay: float | Tensor = 0.0,
+    lr: ScalarOrSchedule = 1e-3,
+    momentum: Scalar = 0.0,
+    dampening: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
     nesterov: bool = False,
     *,
     maximize: bool = False,

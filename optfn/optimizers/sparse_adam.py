@@ -1,12 +1,11 @@
 """Adam for sparse gradients."""
 
-from torch import Tensor
-
 from optfn.checks import number, scalar_or_schedule
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
+from optfn.numerics import Scalar
 from optfn.optimizers.adam import scale_by_adam
-from optfn.schedules import Schedule
+from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.scaling import scale_by_learning_rate
 from optfn.wrappers.sparse import sparse_masked
 
@@ -14,11 +13,7 @@ __all__ = ["sparse_adam"]
 
 
 def sparse_adam(
-    lr: float | Tensor | Schedule = 1e-3,
-    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-    eps: float | Tensor = 1e-8,
-    *,
-    maximize: bool = False,
+    lr: ScalarOrSchedule = 1e-3, betas: tuple[Scalar, Scalar] = (0.9, 0.999), eps: Scalar = 1e-8, *, maximize: bool = False
 ) -> GradientTransformation:
     r"""Adam on the entries that a sparse gradient holds: :class:`torch.optim.SparseAdam`.
 

@@ -9,13 +9,13 @@ from optfn import tree
 from optfn.checks import number
 from optfn.core import GradientTransformation, stateless
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import norm
+from optfn.numerics import Scalar, norm
 from optfn.transforms.scaling import scale
 
 __all__ = ["clip", "clip_by_block_rms", "clip_by_global_norm"]
 
 
-def clip(max_delta: float | Tensor) -> GradientTransformation:
+def clip(max_delta: Scalar) -> GradientTransformation:
     r"""Hold every entry within :math:`[-\delta, \delta]`; of a complex one, real and imaginary part.
 
     Args:
@@ -29,7 +29,7 @@ def clip(max_delta: float | Tensor) -> GradientTransformation:
     return stateless_with_tree_map(lambda g, p: g.clamp(-bound, bound))
 
 
-def clip_by_global_norm(max_norm: float | Tensor, *, eps: float = 0.0) -> GradientTransformation:
+def clip_by_global_norm(max_norm: Scalar, *, eps: float = 0.0) -> GradientTransformation:
     r"""Scale all updates together so that their global norm is at most ``max_norm``: :math:`u \min(1, c / (\|u\| + \epsilon))`.
 
     Args:
@@ -58,7 +58,7 @@ def clip_by_global_norm(max_norm: float | Tensor, *, eps: float = 0.0) -> Gradie
     return stateless(clipped)
 
 
-def clip_by_block_rms(threshold: float | Tensor) -> GradientTransformation:
+def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     r"""Scale each tensor so that its root mean square is at most the threshold: :math:`u / \max(1, \mathrm{RMS}(u) / d)`.
 
     Args:

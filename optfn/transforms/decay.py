@@ -2,17 +2,16 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from optfn.checks import is_zero, number
 from optfn.compose import masked
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import stateless_with_tree_map
+from optfn.numerics import Scalar
 
 __all__ = ["add_decayed_weights"]
 
 
-def add_decayed_weights(weight_decay: float | Tensor = 0.0, mask: Any = None) -> GradientTransformation:
+def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> GradientTransformation:
     r"""Add a multiple of the parameters: :math:`u + \lambda p`.
 
     Before the algorithm this is L2 regularisation, between the algorithm and the learning rate it is decoupled decay.

@@ -8,6 +8,7 @@ from torch import Tensor
 from optfn.checks import is_zero, number
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
+from optfn.numerics import Scalar
 
 __all__ = ["TraceSlots", "trace"]
 
@@ -19,7 +20,7 @@ class TraceSlots(NamedTuple):
 
 
 def trace(
-    decay: float | Tensor, nesterov: bool = False, accumulator_dtype: torch.dtype | None = None, *, dampening: float | Tensor = 0.0
+    decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype | None = None, *, dampening: Scalar = 0.0
 ) -> GradientTransformation:
     r"""Momentum: a decaying sum of the updates.
 

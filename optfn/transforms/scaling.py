@@ -10,12 +10,13 @@ from optfn import tree
 from optfn.checks import number, scalar_or_schedule
 from optfn.core import GradientTransformation, transformation
 from optfn.leafwise import stateless_with_tree_map
-from optfn.schedules import Schedule, as_time
+from optfn.numerics import Scalar
+from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
 __all__ = ["ScaleByLearningRateState", "ScaleByScheduleState", "scale", "scale_by_learning_rate", "scale_by_schedule"]
 
 
-def scale(step_size: float | Tensor) -> GradientTransformation:
+def scale(step_size: Scalar) -> GradientTransformation:
     """Multiply every update by a number.
 
     Args:
@@ -92,7 +93,7 @@ def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: 
     return transformation(init, update, elementwise=True)
 
 
-def scale_by_learning_rate(learning_rate: float | Tensor | Schedule, *, flip_sign: bool = True) -> GradientTransformation:
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool = True) -> GradientTransformation:
     """Multiply every update by minus the learning rate: the last link of a chain that descends.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import number, require
 from optfn.core import GradientTransformation, apply_updates, transformation
-from optfn.numerics import compute_dtype, lerp
+from optfn.numerics import Scalar, compute_dtype, lerp
 from optfn.schedules import as_time
 
 __all__ = ["EmaParamsState", "ema_params"]
@@ -26,7 +26,7 @@ class EmaParamsState(NamedTuple):
     average: Any
 
 
-def ema_params(decay: float | Tensor | None = 0.999, *, average_dtype: torch.dtype | None = None) -> GradientTransformation:
+def ema_params(decay: Scalar | None = 0.999, *, average_dtype: torch.dtype | None = None) -> GradientTransformation:
     r"""Keep an average of the parameters, as they are *after* the updates; the updates pass unchanged.
 
     .. math:: a_1 = p_1, \qquad a_t = \beta\, a_{t-1} + (1 - \beta)\, p_t \qquad [\mathrm{SWA:}\ \beta = 1 - 1/t]
