@@ -13,7 +13,7 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import require, rule_name
 from optfn.core import GradientTransformation, transformation
-from optfn.numerics import as_complex, as_real, compute_dtype
+from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
 
 __all__ = ["LeafwiseState", "leafwise", "stateless_with_tree_map"]
 
@@ -238,7 +238,7 @@ def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Tensor | N
     def narrowed(x: Any, like: Any) -> Any:
         if not isinstance(x, Tensor) or not isinstance(like, Tensor):
             return x
-        return as_complex(x.to(like.dtype.to_real())) if like.is_complex() else x.to(like.dtype)
+        return as_complex(x.to(real_dtype(like.dtype))) if like.is_complex() else x.to(like.dtype)
 
     direction, new = rule(widened(g), type(slots)(*map(widened, slots)) if len(slots) else slots, widened(p), step)
     return narrowed(direction, g), type(new)(*map(narrowed, new, slots)) if len(new) else new
@@ -246,7 +246,7 @@ def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Tensor | N
 
 def _real_dtype(g: Tensor, p: Tensor | None) -> torch.dtype:
     dtype = compute_dtype(g, p)
-    return dtype.to_real() if dtype.is_complex else dtype
+    return real_dtype(dtype)
 
 
 class _Steps:

@@ -20,6 +20,7 @@ __all__ = [
     "global_norm",
     "lerp",
     "norm",
+    "real_dtype",
     "sqrt",
     "widened_scalar",
 ]
@@ -155,6 +156,19 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
         if x is not None:
             dtype = torch.promote_types(dtype, x.dtype)
     return dtype
+
+
+_PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of a complex dtype, any other dtype as it is; Dynamo (torch 2.13) has no ``dtype.to_real``.
+
+    Example:
+        >>> real_dtype(torch.complex64)
+        torch.float32
+    """
+    return _PARTS.get(dtype, dtype)
 
 
 def as_real(x: Tensor) -> Tensor:

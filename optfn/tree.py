@@ -5,6 +5,7 @@ the empty string for a bare tensor. Where a state keeps nothing for a leaf it ho
 """
 
 import inspect
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 NAMESPACE = "optfn"
+_DICTS = (dict, OrderedDict, defaultdict)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -103,7 +105,15 @@ class _Structure:
         if self.leaf:
             return [tree]
         level = _children(tree)
-        if level is None or type(tree) is not self.kind or level[0] != self.names:
+        if level is None:
+            raise ValueError("the structures differ")
+        if type(tree) is not self.kind and type(tree) in _DICTS and self.kind in _DICTS:
+            # optree takes one dict for another, whatever the order of its keys.
+            found = dict(zip(level[0], level[1], strict=True))
+            if len(found) != len(self.names) or any(name not in found for name in self.names):
+                raise ValueError("the structures differ")
+            return [x for part, name in zip(self.parts, self.names, strict=True) for x in part.flatten_up_to(found[name])]
+        if type(tree) is not self.kind or level[0] != self.names:
             raise ValueError("the structures differ")
         return [x for part, child in zip(self.parts, level[1], strict=True) for x in part.flatten_up_to(child)]
 
@@ -317,6 +327,8 @@ def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
             walk(child, f"{path}.{key}" if path else key)
 
     walk(tree, "")
+    if len(found) > 1:  # a slot that is not kept, (), has the name but is no part to speak of
+        found = [(path, part) for path, part in found if part != ()] or found[:1]
     if len(found) > 1:
         where = ", ".join(repr(path) for path, _ in found)
         raise KeyError(f"{name!r} names several parts: {where}; give more of the path")
@@ -332,12 +344,13 @@ def set(tree: Any, /, **parts: Any) -> Any:
         tree: a state, however nested.
         parts: ``name=value``; names as in :func:`get`, a dotted one written ``**{"adam.slots.mu": value}``. Where a
             tensor stood, a number becomes a tensor of its shape, dtype and device, and a tensor is
-            converted to its dtype and device; where a tree stood, a tree of that structure is wanted, of tensors or numbers.
+            converted to its dtype and device (a 0-dim one may become a batch, to ``vmap`` over); where a tree stood, a tree of
+            that structure is wanted, of tensors or numbers.
 
     Raises:
         KeyError: nothing has that name.
         ValueError: the part is computed at each step (a scheduled hyperparameter), so what is put there would be lost;
-            or the new tree has another structure than the old one.
+            or the new part has another structure or shape than the old one.
 
     Example:
         >>> tx = optfn.inject_hyperparams(optfn.sgd)(lr=0.1)
@@ -347,17 +360,21 @@ def set(tree: Any, /, **parts: Any) -> Any:
     """
     used: dict[str, bool] = dict.fromkeys(parts, False)
 
-    def convert(old: Any, value: Any) -> Any:
+    def convert(old: Any, value: Any, name: str) -> Any:
         if not isinstance(old, Tensor):
             return value
-        return value.to(dtype=old.dtype, device=old.device) if isinstance(value, Tensor) else torch.full_like(old, value)
+        if not isinstance(value, Tensor):
+            return torch.full_like(old, value)
+        if old.ndim and value.shape != old.shape:
+            raise ValueError(f"the new {name!r} must have shape {tuple(old.shape)} where the old one has, got {tuple(value.shape)}")
+        return value.to(dtype=old.dtype, device=old.device)
 
     def replace(old: Any, name: str, derived: bool) -> Any:
         if derived:
             raise ValueError(f"{name!r} is computed at each step: a value set here would be lost; build the transformation with it")
         used[name] = True
         below = match(flatten(old)[1], parts[name], f"the new {name!r}", "the old one")
-        return unflatten(flatten(old)[1], [convert(x, y) for x, y in zip(flatten(old)[0], below, strict=True)])
+        return unflatten(flatten(old)[1], [convert(x, y, name) for x, y in zip(flatten(old)[0], below, strict=True)])
 
     def walk(node: Any, path: str, derived: bool) -> Any:
         name = next((name for name in parts if path and _named(path, name)), None)
@@ -491,7 +508,7 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
     def take(path: str, old: Any) -> Any:
         if old is None:
             return None
-        new = flat[path]
+        new: Any = flat[path]
         if not isinstance(new, Tensor):
             raise TypeError(f"{path!r} must be a tensor, got {type(new).__name__}")
         if not isinstance(old, Tensor):

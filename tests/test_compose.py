@@ -87,7 +87,7 @@ def test_partition_is_torch_param_groups(labels, frozen):
     steps, state = run(tx, params, grads)
     assert_close([step["params"] for step in steps], by_torch(groups, params, grads), 1e-12)
     # What is hidden from a transformation has no slots in it.
-    assert optfn.tree.get(state, "decay.2").slots.mu["head"] == [(), ()]
+    assert optfn.tree.get(optfn.tree.get(state, "decay"), "mu")["head"] == [(), ()]
     if frozen:
         assert steps[-1]["updates"]["body"]["0"]["bias"] is None
 

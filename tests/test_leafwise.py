@@ -347,3 +347,15 @@ def test_the_pair_is_immutable():
     assert isinstance(tx.init, types.FunctionType)
     with pytest.raises(AttributeError):
         tx.init = None
+
+
+def test_float16_parameters_want_a_wide_second_moment() -> None:
+    """The square of 1e-4 is 0 in float16; with ``nu_dtype`` the direction is that of float32."""
+    p, g = torch.zeros(1, dtype=torch.float16), torch.tensor([1e-4], dtype=torch.float16)
+    narrow, wide = optfn.scale_by_adam(), optfn.scale_by_adam(nu_dtype=torch.float32)
+    _, state = wide.update(g, wide.init(p))
+    assert optfn.tree.get(state, "nu").item() == pytest.approx(1e-3 * g.float().item() ** 2)
+    direction, _ = wide.update(g, state)
+    assert direction.item() == pytest.approx(1.0, rel=1e-3)
+    _, state = narrow.update(g, narrow.init(p))
+    assert optfn.tree.get(state, "nu").item() == 0

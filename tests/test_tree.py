@@ -97,9 +97,7 @@ def test_get():
     assert tree.get((state,), "0") is state
     with pytest.raises(KeyError, match=r"'nu' names several parts: 'first.slots.nu', 'second.slots.nu'; give more of the path"):
         tree.get(state, "nu")
-    with pytest.raises(
-        KeyError, match=r"nothing is called 'lr' here; there are .*'rate.hyperparams.learning_rate'"
-    ):
+    with pytest.raises(KeyError, match=r"nothing is called 'lr' here; there are .*'rate.hyperparams.learning_rate'"):
         tree.get(state, "lr")
     with pytest.raises(KeyError, match="nothing is called 'u' here"):  # the end of a path, not of a name
         tree.get(state, "u")
@@ -311,6 +309,18 @@ def reordered(node):
     return type(node)(map(reordered, node)) if type(node) in (list, tuple) else node
 
 
+def retyped(node, kinds):
+    """The same tree in other containers."""
+    if isinstance(node, dict):
+        return kinds.get(type(node), type(node))({key: retyped(child, kinds) for key, child in node.items()})
+    if type(node) in (list, tuple):
+        return kinds.get(type(node), type(node))(retyped(child, kinds) for child in node)
+    return Point(*(retyped(child, kinds) for child in node)) if isinstance(node, Point) else node
+
+
+OTHER_KINDS = [{list: tuple, tuple: list}, {dict: collections.OrderedDict}, {collections.OrderedDict: dict}]
+
+
 def same(x, y):
     """Equal, and dicts in the same order."""
     return x == y and repr(x) == repr(y)
@@ -339,7 +349,7 @@ def test_the_structure_for_dynamo_is_that_of_optree(x, y):
     assert spec.is_leaf() == other.is_leaf()
     numbers = list(range(len(found)))
     assert same(spec.unflatten(numbers), other.unflatten(numbers))
-    for candidate in (y, x, reordered(x), spec.unflatten([y] * len(found))):
+    for candidate in (y, x, reordered(x), *(retyped(x, kinds) for kinds in OTHER_KINDS), spec.unflatten([y] * len(found))):
         try:
             wanted = other.flatten_up_to(candidate)
         except ValueError:
@@ -423,3 +433,17 @@ def test_chains_are_associative(x, rules, data):
     cut = data.draw(st.integers(0, len(rules)))
     nested = optfn.chain(optfn.chain(*rules[:cut]), optfn.chain(*rules[cut:]))
     assert repr(two_steps(nested, x)) == repr(two_steps(optfn.chain(*rules), x))
+
+
+def test_get_passes_over_slots_that_are_not_kept() -> None:
+    tx = optfn.chain(optfn.scale_by_adam(), optfn.scale_by_rms())
+    assert tree.get(tx.init({"w": torch.ones(2)}), "mu")["w"].tolist() == [0, 0]
+
+
+def test_set_refuses_another_shape_but_takes_a_batch_of_scalars() -> None:
+    params = {"w": torch.ones(2)}
+    state = optfn.scale_by_adam().init(params)
+    with pytest.raises(ValueError, match=r"'mu' must have shape \(2,\)"):
+        tree.set(state, mu={"w": torch.ones(5)})
+    swept = tree.set(optfn.inject_hyperparams(optfn.sgd)(lr=0.1).init(params), lr=torch.tensor([0.1, 0.2]))
+    assert tree.get(swept, "lr").shape == (2,)

@@ -38,6 +38,7 @@ def scale_by_adam(
     eps_root: Scalar = 0.0,
     mu_dtype: torch.dtype | None = None,
     *,
+    nu_dtype: torch.dtype | None = None,
     nesterov: bool = False,
     amsgrad: bool | Literal["debiased"] = False,
     eps_hat: bool = False,
@@ -57,6 +58,8 @@ def scale_by_adam(
         eps: :math:`\epsilon \ge 0`, in the units of the gradient.
         eps_root: :math:`\bar\epsilon \ge 0`, in the units of the squared gradient.
         mu_dtype: dtype of the first moment; the parameter's if None.
+        nu_dtype: dtype of the second moment; the parameter's if None. In float16 the square of a gradient below 2e-4 is 0: float16
+            parameters want float32 here.
         nesterov: use :math:`\beta_1 \hat\mu_{t+1} + (1 - \beta_1) g_t / (1 - \beta_1^t)` for :math:`\hat\mu_t`, where
             :math:`\hat\mu_{t+1} = \mu_t / (1 - \beta_1^{t+1})`, as in Optax.
         amsgrad: divide by the largest :math:`\nu` so far: True takes the maximum before the bias correction, as torch
@@ -86,8 +89,8 @@ def scale_by_adam(
         raise ValueError(f"amsgrad must be False, True or 'debiased', got {amsgrad!r}")
 
     def init(p: Tensor) -> AdamSlots:
-        zeros = torch.zeros_like(p)
-        return AdamSlots(torch.zeros_like(p, dtype=mu_dtype), zeros, zeros.clone() if amsgrad else ())
+        nu = torch.zeros_like(p, dtype=nu_dtype)
+        return AdamSlots(torch.zeros_like(p, dtype=mu_dtype), nu, nu.clone() if amsgrad else ())
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Tensor) -> tuple[Tensor, AdamSlots]:
         mu = lerp(slots.mu, g, 1 - b1)
