@@ -1,7 +1,5 @@
 """The training loops that people write: each learns, none grows a graph, and a step can be differentiated and batched."""
 
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +72,17 @@ def compiled_backward_loop(model: torch.nn.Module, x: Tensor, y: Tensor, tx: Any
     return mse(model(x), y).item()
 
 
+def graph_size(x: Tensor) -> int:
+    """The number of autograd nodes that a tensor keeps alive."""
+    nodes = {x.grad_fn} - {None}
+    todo = [*nodes]
+    while todo:
+        new = {node for node, _ in todo.pop().next_functions} - nodes - {None}
+        nodes |= new
+        todo += new
+    return len(nodes)
+
+
 LOOPS = {"functional": functional_loop, "backward": backward_loop, "compiled backward": compiled_backward_loop}
 
 
@@ -92,34 +101,34 @@ def test_a_loop_learns_what_torch_learns_and_records_nothing(name: str) -> None:
     twin, _, _ = regression()
     twin.load_state_dict(model.state_dict())
     start = mse(model(x), y).item()
-    losses: list[weakref.ref[Any]] = []
     sizes: list[int] = []
 
     def seen(loss: Tensor, params: Any, state: Any, updates: Any) -> None:
-        losses.append(weakref.ref(loss))
         for part in (state, updates):
             assert not any(t.requires_grad or t.grad_fn is not None for t in optfn.tree.leaves(part))
         assert all(p.grad_fn is None for p in optfn.tree.leaves(params))
-        if len(losses) in (20, 80):
-            gc.collect()
-            sizes.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+        sizes.append(graph_size(loss))
 
     end = LOOPS[name](model, x, y, optfn.adamw(lr=0.03), 100, seen)
-    gc.collect()
     assert end < 0.02 * start
     assert end == pytest.approx(torch_loop(twin, x, y, 100), rel=1e-3)
-    assert sizes[0] == sizes[1], "tensors are kept from step to step"
-    assert not [loss for loss in losses if loss() is not None], "the graph of a loss is kept"
+    assert len({*sizes}) == 1, "the graph of the loss grows"
 
 
-def test_outside_of_no_grad_a_step_on_a_modules_parameters_is_recorded() -> None:
-    """Why the loops above have no_grad or a donated step: as with any torch code, parameters that require grad are recorded."""
+def test_outside_of_no_grad_the_steps_on_a_modules_parameters_are_recorded() -> None:
+    """Why the loops above have no_grad or a donated step; and that the measure they are held to sees a graph that grows."""
     model, x, y = regression()
     params = dict(model.named_parameters())
     tx = optfn.adamw()
-    grads = dict(zip(params, torch.autograd.grad(mse(model(x), y), list(params.values())), strict=True))
-    new = optfn.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
-    assert all(p.grad_fn is not None for p in new.values())
+    state, sizes = tx.init(params), []
+    for _ in range(3):
+        loss = mse(functional_call(model, params, (x,)), y)
+        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), retain_graph=True), strict=True))
+        updates, state = tx.update(grads, state, params)
+        params = optfn.apply_updates(params, updates)
+        sizes.append(graph_size(loss))
+    assert all(p.grad_fn is not None for p in params.values())
+    assert sizes[0] < sizes[1] < sizes[2]
 
 
 def meta_problem() -> tuple[torch.nn.Linear, Tensor, Tensor, Tensor, Tensor]:
@@ -218,11 +227,11 @@ def test_gradients_through_a_step_are_finite_where_the_gradient_is_zero(name: st
 def test_a_learning_rate_is_learned() -> None:
     """Descent on the gradient through three Adam steps finds a better rate than the one it began with."""
     start, target = torch.zeros(4).double(), torch.ones(4).double()
-    outer = optfn.sgd(lr=0.01)
+    outer = optfn.adam(lr=0.2)
     log_lr = torch.tensor(-4.0).double()
     state = outer.init(log_lr)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         slope, loss = grad_and_value(lambda v: after_three_steps(optfn.adam, v.exp(), start, target))(log_lr)
         updates, state = outer.update(slope, state, log_lr)
         log_lr = optfn.apply_updates(log_lr, updates)
