@@ -17,6 +17,10 @@ __all__ = ["compile"]
 
 _count = itertools.count()
 
+# Inductor of torch 2.11 fuses what reads other entries of a tensor (a row, a sum) with what writes that tensor, and reads what
+# has been written. There the results are copied after the graph: right, but one more pass over memory.
+_WRITES_IN_GRAPH: bool = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperatorIssue]
+
 
 def compile(
     fn: Callable[..., Any], *, donate: str | int | Iterable[str | int] = (), backend: str | Callable[..., Any] = "inductor"
@@ -169,8 +173,8 @@ def _replace(result: Any, given: list[tuple[str, Any]]) -> tuple[Any, list[tuple
     """Write the results into the donated tensors and put these in their place; what is left shares no memory with them.
 
     Returns:
-        The result, and the pairs that are left to copy outside of the graph: torch 2.13 silently drops what a graph writes to
-        a 0-dim float64 tensor on the CPU, which it takes for a Python number.
+        The result, and the pairs that are left to copy outside of the graph: all before torch 2.13, and what torch 2.13 silently
+        drops, writes to a 0-dim float64 tensor on the CPU, which it takes for a Python number.
     """
     leaves, spec = tree.flatten(result)
     targets = _targets(leaves, spec, given)
@@ -182,7 +186,7 @@ def _replace(result: Any, given: list[tuple[str, Any]]) -> tuple[Any, list[tuple
         new[i] = old
         if value is old:
             continue
-        if old.ndim == 0 and old.dtype == torch.float64 and old.device.type == "cpu":
+        if not _WRITES_IN_GRAPH or (old.ndim == 0 and old.dtype == torch.float64 and old.device.type == "cpu"):
             late.append((old, value))
         else:
             old.copy_(value)
