@@ -8,7 +8,9 @@ nothing: the text is the source of Python's standard library. All it writes goes
 """
 
 import argparse
+import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from gpt.model import GPT, cross_entropy
 from gpt.settings import SIZES, Recipe
 from gpt.twin import Twin
 from torch import Tensor
-from torch.func import functional_call, grad, grad_and_value
+from torch.func import functional_call, grad_and_value
 from tqdm import tqdm
 
 import optfn
@@ -47,15 +49,14 @@ def make_loss(model: GPT) -> Callable[[Params, Tensor, Tensor], Tensor]:
     return lambda params, x, y: cross_entropy(functional_call(model, params, (x,)), y)
 
 
-def make_step(loss_of: Callable[..., Tensor], tx: optfn.GradientTransformation, backend: str) -> Callable[..., Any]:
-    """A whole training step, a pure function, compiled so that it writes into the params and the state it is given."""
+def make_update(tx: optfn.GradientTransformation) -> Callable[..., tuple[Params, Any]]:
+    """The optimizer's part of a step: new parameters and new state from old ones."""
 
-    def step(params: Params, state: Any, x: Tensor, y: Tensor) -> tuple[Params, Any, Tensor]:
-        grads, loss = grad_and_value(loss_of)(params, x, y)
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
         updates, state = tx.update(grads, state, params)
-        return optfn.apply_updates(params, updates), state, loss
+        return optfn.apply_updates(params, updates), state
 
-    return optfn.compile(step, donate=("params", "state"), backend=backend)
+    return update
 
 
 @dataclass
@@ -92,8 +93,7 @@ def train(args: argparse.Namespace) -> None:
     settings["text"] = digest
     file = args.out / "checkpoint.pt"
     saved = open_folder(file, settings, resume=args.resume)
-    if saved:  # sums are split among the threads, so their number is part of the result
-        torch.set_num_threads(saved["threads"])
+    settings["threads"] = torch.get_num_threads()
 
     model = GPT(size, args.seed).to(args.device, getattr(torch, args.dtype))
     tx, loss_of = make_optimizer(recipe), make_loss(model)
@@ -102,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
     history = {side: {"training": [], "validation": {}} for side in sides}
     run = Run(params, tx.init(params), Twin(model, recipe) if args.compare else None, history)
     if saved:
-        run.load_state_dict(saved["run"])
+        run.load_state_dict(saved)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         return to_device(data.random_batch(train_text, args.seed, step, size.batch, size.context), args.device)
@@ -115,17 +115,21 @@ def train(args: argparse.Namespace) -> None:
             weights = run.params if side == "optfn" else dict(run.twin.model.named_parameters())
             run.history[side]["validation"][run.step] = sum(loss_of(weights, x, y).item() for x, y in held_out) / len(held_out)
 
-    print(f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M parameters on {args.device}, {torch.get_num_threads()} threads")
+    count = f"{sum(p.numel() for p in params.values()):,} parameters"
+    print(f"{count} on {args.device}, {torch.get_num_threads()} threads")
     print(f"Python source: {len(train_text) / 1e6:.1f} MB to train on, {len(validation_text) / 1e6:.1f} MB to validate on")
     if run.step == 0:
         validate()
-    train_step = make_step(loss_of, tx, args.backend)
+    # Two pure functions, compiled; the second writes into the state and the parameters that it is given.
+    gradients = optfn.compile(grad_and_value(loss_of), backend=args.backend)
+    update = optfn.compile(make_update(tx), donate=("state", "params"), backend=args.backend)
     with tqdm(total=args.steps, initial=run.step, desc="compiling", unit="step", dynamic_ncols=True) as bar:
         while run.step < args.steps:
             run.step += 1
             x, y = batch(run.step)
             begin = time.perf_counter()
-            run.params, run.state, loss = train_step(run.params, run.state, x, y)
+            grads, loss = gradients(run.params, x, y)
+            run.params, run.state = update(grads, run.state, run.params)
             run.history["optfn"]["training"].append(loss.item())
             rate = x.numel() / (time.perf_counter() - begin)
             if run.twin:
@@ -133,11 +137,10 @@ def train(args: argparse.Namespace) -> None:
                 if run.step == min(20, args.steps):
                     run.difference = max((p - run.params[name]).abs().max().item() for name, p in run.twin.model.named_parameters())
             last = run.step == args.steps
-            if last or run.step % max(args.steps // 8, 1) == 0:
+            if last or run.step % math.ceil(args.steps / 6) == 0:
                 validate()
             if last or run.step % args.checkpoint_every == 0:
-                threads = torch.get_num_threads()
-                checkpoint.save(file, {"settings": settings, "threads": threads, "run": run.state_dict()})
+                checkpoint.save(file, settings, run.state_dict())
             bar.set_description("training", refresh=False)
             lr = optfn.tree.get(run.state, "lr").item()
             bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {rate:,.0f} tokens/s", refresh=False)
@@ -147,35 +150,28 @@ def train(args: argparse.Namespace) -> None:
     print(f"validation loss after {run.step} steps, nats per byte: {losses}")
     if run.twin:
         print(f"largest difference of a parameter after {min(20, args.steps)} steps: {run.difference:.1e}")
-        compare_speed(run, tx, recipe, grad(loss_of)(run.params, *batch(run.step)), model, args)
+        grads, _ = gradients(run.params, *batch(run.step))
+        compare_speed(update, grads, run, model, recipe, args.device)
     picture = args.out / "loss.png"
-    report.plot(picture, run.history, f"A GPT of {sum(p.numel() for p in params.values()) / 1e6:.1f} M parameters on Python source")
+    report.plot(picture, run.history, f"A byte-level GPT of {count} on Python source")
     print(f"loss curves: {picture}; checkpoint: {file}")
 
 
-def compare_speed(
-    run: Run, tx: optfn.GradientTransformation, recipe: Recipe, grads: Params, model: GPT, args: argparse.Namespace
-) -> None:
-    """Time the optimizer's part of a step (clipping, AdamW, schedule) on either side, on copies."""
-
-    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optfn.apply_updates(params, updates), state
-
-    compiled = optfn.compile(update, donate=("state", "params"), backend=args.backend)
+def compare_speed(update: Callable[..., Any], grads: Params, run: Run, model: GPT, recipe: Recipe, device: str) -> None:
+    """Time the optimizer's part of a step on either side, on copies."""
     params, state = optfn.tree.map(torch.clone, (run.params, run.state))
-    ours = "optfn.compile"
-    runs: dict[str, Callable[[], Any]] = {ours: lambda: compiled(grads, state, params)}
-    for name, fused in (("torch.optim.AdamW", False), ("torch.optim.AdamW(fused=True)", True)):
+    ours, sides = "optfn.compile", {"torch.optim.AdamW": False, "torch.optim.AdamW(fused=True)": True}
+    runs: dict[str, Callable[[], Any]] = {ours: lambda: update(grads, state, params)}
+    for side, fused in sides.items():
         twin = Twin(model, recipe, fused=fused)
-        for key, p in twin.model.named_parameters():
-            p.grad = grads[key].clone()
-        runs[name] = twin.apply
-    medians = report.side_by_side(runs, torch.cuda.synchronize if args.device == "cuda" else lambda: None)
-    print("time of the optimizer's step (clipping, AdamW, schedule), medians of 100 taken in turn:")
-    for name, seconds in medians.items():
-        ratio = "" if name == ours else f"   optfn / torch = {medians[ours] / seconds:.2f}"
-        print(f"  {name:30} {1e3 * seconds:7.3f} ms{ratio}")
+        for name, p in twin.model.named_parameters():
+            p.grad = grads[name].clone()
+        runs[side] = twin.apply
+    medians = report.side_by_side(runs, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    print("the optimizer's part of a step (clipping, AdamW, schedule), medians of 100 taken in turn:")
+    for side, seconds in medians.items():
+        ratio = f"   optfn / torch = {medians[ours] / seconds:.2f}" if side in sides else ""
+        print(f"  {side:30}{1e3 * seconds:7.3f} ms{ratio}")
 
 
 def to_device(tensors: tuple[Tensor, ...], device: str) -> tuple[Tensor, ...]:
@@ -184,17 +180,20 @@ def to_device(tensors: tuple[Tensor, ...], device: str) -> tuple[Tensor, ...]:
 
 
 def open_folder(file: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
-    """Make sure that the folder can be written to, before any work; the checkpoint to go on from, if that is asked for."""
+    """Make sure that the folder can be written to, before any work; what the checkpoint holds, if it is to be gone on from."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=file.parent):
         pass
     if resume:
-        saved = checkpoint.load(file)
-        differ = [name for name in settings if settings[name] != saved["settings"].get(name)]
+        began, run = checkpoint.load(file)
+        differ = [name for name in settings if settings[name] != began.get(name)]
         if differ:
-            began, now = (", ".join(f"{name} {some.get(name)}" for name in differ) for some in (saved["settings"], settings))
-            raise checkpoint.CheckpointError(f"the run in {file.parent} began with {began}, not {now}: resume it with what it began")
-        return saved
+            then, now = (", ".join(f"{name} {some.get(name)}" for name in differ) for some in (began, settings))
+            raise checkpoint.CheckpointError(
+                f"the run in {file.parent} began with {then}, not {now}: it can only go on as it began"
+            )
+        torch.set_num_threads(began["threads"])  # sums are split among threads, so their number is part of the result
+        return run
     if file.exists():
         earlier = file.with_name("checkpoint.previous.pt")
         os.replace(file, earlier)
@@ -241,6 +240,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device that torch can use")
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if args.backend == "inductor" and not shutil.which(compiler):
+        parser.error(f"there is no C++ compiler {compiler}: install one, name yours in CXX, or use --backend aot_eager")
     return args
 
 

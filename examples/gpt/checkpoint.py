@@ -13,10 +13,10 @@ class CheckpointError(Exception):
     """A checkpoint that is missing, damaged or another run's."""
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+def save(path: Path, settings: dict[str, Any], run: dict[str, Any]) -> None:
     """Write beside the old file, force it to disk, then put it in the old one's place: a crash leaves one or the other."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save({"settings": settings, "run": run}, buffer)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -40,8 +40,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, tensors on the CPU.
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the run that were saved, tensors on the CPU.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -57,6 +57,6 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if sound else None
     except Exception:  # whatever a parser can raise on arbitrary bytes
         content = None
-    if not isinstance(content, dict) or "settings" not in content:
+    if not isinstance(content, dict) or content.keys() != {"settings", "run"}:
         raise CheckpointError(f"{path} is damaged, or no checkpoint of this program; it is left as it is")
-    return content
+    return content["settings"], content["run"]

@@ -22,13 +22,14 @@ def standard_library() -> tuple[Tensor, Tensor, str]:
             (validation if chance < VALIDATION else train).extend(path.read_bytes())
     if min(len(train), len(validation)) < 100_000:
         raise FileNotFoundError(f"too little Python source in {root} to train on")
-    digest = hashlib.sha256(train + b"\0" + validation).hexdigest()
+    digest = hashlib.sha256(train + b"\0" + validation).hexdigest()[:16]
     return torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(validation, dtype=torch.uint8), digest
 
 
 def random_batch(text: Tensor, seed: int, step: int, size: int, context: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets, ``[size, context]`` each: a function of seed and step alone, so there is no state to save."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    mixed = hashlib.sha256(f"{seed} {step}".encode()).digest()[:4]  # torch's generator on the CPU reads 32 bits of a seed
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big"))
     return _windows(text, torch.randint(len(text) - context, (size,), generator=generator), context)
 
 

@@ -37,8 +37,8 @@ def plot(path: Path, history: dict[str, Any], title: str) -> None:
     axes[0].legend(frameon=False)
     if len(names) == 2:
         pairs = zip(*(history[name]["training"] for name in names), strict=True)
-        axes[1].semilogy(range(1, len(losses) + 1), [abs(a - b) or float("nan") for a, b in pairs], color="#777777", linewidth=1.0)
-        axes[1].set(ylabel="|difference|")
+        axes[1].semilogy(range(1, len(losses) + 1), [abs(a - b) or None for a, b in pairs], ".", color="#777777", markersize=3)
+        axes[1].set(ylabel="|difference|\nof training loss")
     axes[-1].set(xlabel="step")
     for ax in axes:
         ax.grid(alpha=0.25)

@@ -29,4 +29,4 @@ class Recipe(NamedTuple):
         return self.steps // 10
 
 
-SIZES = {"small": Size(layers=4, heads=6, width=192, context=128, batch=16), "tiny": Size(2, 2, 32, 32, 4)}
+SIZES = {"small": Size(layers=4, heads=5, width=160, context=128, batch=16), "tiny": Size(1, 2, 32, 32, 4)}
