@@ -35,7 +35,8 @@ class ScaleByScheduleState(NamedTuple):
 
     Attributes:
         count: the updates so far, a 0-dim int64 tensor.
-        step_size: the schedule's value in the last update (before the first one, the value it will have), a 0-dim tensor.
+        step_size: the schedule's value in the last update (before the first one, the value it will have), to read: a 0-dim
+            float32 tensor.
     """
 
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -49,7 +50,7 @@ class ScaleByLearningRateState(NamedTuple):
 
     Attributes:
         count: the updates so far, a 0-dim int64 tensor.
-        lr: the learning rate of the last update (before the first one, the one it will have), a 0-dim tensor.
+        lr: the learning rate of the last update (before the first one, the one it will have), to read: a 0-dim float32 tensor.
     """
 
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -81,14 +82,18 @@ def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: 
     def value_at(count: Tensor) -> Tensor:
         return torch.as_tensor(schedule(as_time(count)), device=count.device)
 
+    def shown(value: Tensor) -> Tensor:
+        # In float32, for reading alone: Dynamo traces a step twice if it is handed a 0-dim float64 tensor (torch 2.13).
+        return value.to(torch.float32, copy=True)
+
     def init(params: Any) -> Any:
         count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
-        return kind(count, value_at(count).clone())
+        return kind(count, shown(value_at(count)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         value = value_at(state.count)
         updates, _ = scale(sign * value).update(updates, ())
-        return updates, kind(state.count + 1, value)
+        return updates, kind(state.count + 1, shown(value))
 
     return transformation(init, update, elementwise=True)
 
