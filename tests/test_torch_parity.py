@@ -86,6 +86,11 @@ MORE = [
 ]  # fmt: skip
 
 
+def problems(cls: type) -> Callable[..., oracle.Problem]:
+    """Problems of leaves that the class takes."""
+    return partial(problem, takes=ORACLES[cls].takes) if cls in DENSE else partial(sparse_problem, dense=False)
+
+
 def compare(cls: type, kwargs: dict[str, Any], given: oracle.Problem, **options: Any) -> None:
     follow(partial(TorchOptim, cls, kwargs), ORACLES[cls].transformation(kwargs), given, states=ORACLES[cls].states, **options)
 
@@ -93,7 +98,7 @@ def compare(cls: type, kwargs: dict[str, Any], given: oracle.Problem, **options:
 @pytest.mark.parametrize("absent", [False, True], ids=["", "none"])
 @pytest.mark.parametrize(("cls", "kwargs", "dtype"), cells(DENSE_TABLE + [row for row in MORE if row[0] in DENSE]))
 def test_trajectory(cls: type, kwargs: dict[str, Any], dtype: torch.dtype, absent: bool) -> None:
-    compare(cls, kwargs, problem(dtype, absent=absent))
+    compare(cls, kwargs, problems(cls)(dtype, absent=absent))
 
 
 @pytest.mark.parametrize("absent", [False, True], ids=["", "none"])
@@ -155,14 +160,13 @@ def nested(x: dict[str, Any]) -> Any:
 )
 @pytest.mark.parametrize("cls", ORACLES)
 def test_structures(cls: type, build: Callable[..., Any], absent: bool) -> None:
-    make = problem if cls in DENSE else partial(sparse_problem, dense=False)
-    compare(cls, {}, make(torch.float64, absent=absent), build=build)
+    compare(cls, {}, problems(cls)(torch.float64, absent=absent), build=build)
 
 
 @pytest.mark.parametrize("absent", [False, True], ids=["", "none"])
 @pytest.mark.parametrize("cls", ORACLES)
 def test_bare_tensors(cls: type, absent: bool) -> None:
-    whole = (problem if cls in DENSE else partial(sparse_problem, dense=False))(torch.float64, absent=absent)
+    whole = problems(cls)(torch.float64, absent=absent)
     for name, p in whole.params.items():
         alone = oracle.Problem({name: p}, [{name: row[name]} for row in whole.gradients])
         compare(cls, {}, alone, build=lambda x: next(iter(x.values())))
@@ -175,7 +179,7 @@ def test_bare_tensors(cls: type, absent: bool) -> None:
     + [(optim.Adagrad, {"eps": 0}), (optim.RMSprop, {"eps": 0})],
 )
 def test_eps_may_be_zero(cls: type, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
-    compare(cls, kwargs, problem(dtype, zeros=False))
+    compare(cls, kwargs, problems(cls)(dtype, zeros=False))
 
 
 @pytest.mark.parametrize("lr", [0, 0.0, torch.tensor(0.0), lambda step: 0.0 * step], ids=["int", "float", "tensor", "schedule"])
@@ -185,7 +189,7 @@ def test_zero_lr_moves_nothing(cls: type, lr: Any) -> None:
         with pytest.raises(ValueError, match="lr must be > 0"):  # torch's rule
             optfn.sparse_adam(lr=lr)
         return
-    given = problem(torch.float32) if cls in DENSE else sparse_problem(torch.float32, dense=False)
+    given = problems(cls)(torch.float32)
     tx = ORACLES[cls].transformation({"lr": lr, **({"weight_decay": 0.1} if cls in DENSE else {})})
     params = {name: p.clone() for name, p in given.params.items()}
     state = tx.init(params)
@@ -208,9 +212,8 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("cls", ORACLES)
 def test_schedules(cls: type, schedule: Callable[[Any], Any], absent: bool) -> None:
-    make = problem if cls in DENSE else partial(sparse_problem, dense=False)
-    reference = partial(TorchOptim, cls, {}, schedule=schedule)
-    follow(reference, ORACLES[cls].alias(lr=schedule), make(torch.float64, absent=absent), states=ORACLES[cls].states)
+    reference, given = partial(TorchOptim, cls, {}, schedule=schedule), problems(cls)(torch.float64, absent=absent)
+    follow(reference, ORACLES[cls].alias(lr=schedule), given, states=ORACLES[cls].states)
 
 
 @pytest.mark.parametrize("cls", [optim.SGD, optim.Adam])
@@ -232,7 +235,7 @@ def test_a_schedule_may_be_plain_arithmetic(cls: type) -> None:
 )
 def test_tensors_below_one_half(cls: type, kwargs: dict[str, Any]) -> None:
     """One minus them is not a float32 number, so it is to be computed in the dtype of the leaf."""
-    compare(cls, kwargs, problem(torch.float64) if cls in DENSE else sparse_problem(torch.float64, dense=False))
+    compare(cls, kwargs, problems(cls)(torch.float64))
 
 
 MASKS: dict[str, Any] = {

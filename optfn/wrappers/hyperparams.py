@@ -10,9 +10,9 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import is_zero
 from optfn.core import GradientTransformation, is_elementwise, transformation
-from optfn.schedules import as_time
+from optfn.schedules import ScalarOrSchedule, as_time
 
-__all__ = ["InjectHyperparamsState", "inject_hyperparams"]
+__all__ = ["InjectHyperparamsState", "inject_hyperparams", "with_learning_rate"]
 
 
 class InjectHyperparamsState(NamedTuple):
@@ -124,6 +124,17 @@ def inject_hyperparams(
         return transformation(init, update, elementwise=is_elementwise(checked))
 
     return make
+
+
+def with_learning_rate(make: Callable[[Any], GradientTransformation], lr: ScalarOrSchedule) -> GradientTransformation:
+    """``make(lr)``, where ``lr`` may be a schedule though the rule that ``make`` hands it to takes a number.
+
+    Example:
+        >>> tx = with_learning_rate(lambda lr: optfn.scale(-lr), optfn.linear_schedule(0.5, 0.0, 2))
+        >>> tx.update(torch.ones(1), tx.init(torch.ones(1)))[0]
+        tensor([-0.5000])
+    """
+    return inject_hyperparams(lambda lr: make(lr))(lr) if callable(lr) and not isinstance(lr, Tensor) else make(lr)
 
 
 def _kind(value: Any, default: Any) -> str:
