@@ -68,7 +68,10 @@ def configurations(cls: type) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for device in ("cpu", "cuda"):
         for entry in INFOS[cls].optim_inputs_func(device=device):
-            found.setdefault(entry.desc, entry.kwargs)
+            desc = entry.desc
+            while str(found.get(desc, entry.kwargs)) != str(entry.kwargs):  # some descriptions are there twice
+                desc += "'"
+            found[desc] = entry.kwargs
     return found
 
 
@@ -183,10 +186,10 @@ def problem(
         seed: of the random numbers.
         takes: the leaves wanted.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)]
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype, generator=generator)
+    def draw(*shape: int, by: int = 0) -> Tensor:
+        return torch.randn(shape, dtype=dtype, generator=generators[by])
 
     params = {
         "matrix": draw(4, 3),
@@ -197,16 +200,17 @@ def problem(
         "sliced": draw(4, 6)[:, ::2],
         "late": draw(3),
         "never": draw(2),
-        "tall": draw(7, 2),
-        "wide": draw(2, 5),
-        "deep": draw(2, 3, 4),
+        "tall": draw(7, 2, by=1),
+        "wide": draw(2, 5, by=1),
+        "deep": draw(2, 3, 4, by=1),
     }
-    scales = dict(zip(params, (1.0, 1e-3, 10.0, 1.0, 0.1, 1e-2, 1.0, 1.0, 1.0, 100.0, 0.1), strict=True))
+    scales = dict(zip(params, (1.0, 1e-3, 10.0, 1.0, 0.1, 1e-2, 1.0, 1.0, 1e-3, 1.0, 0.1), strict=True))
     params = {name: p for name, p in params.items() if takes(p)}
 
     def gradient(name: str, t: int) -> Tensor:
         p = params[name]
-        g = scales[name] * (draw(*reversed(p.shape)).t() if name == "matrix" else draw(*p.shape))  # strided as p is not
+        by = int(name in ("tall", "wide", "deep"))
+        g = scales[name] * (draw(*reversed(p.shape)).t() if name == "matrix" else draw(*p.shape, by=by))  # strided as p is not
         if zeros and (t == 6 or (name == "transposed" and t == 0)):
             return torch.zeros_like(g)
         if zeros and name == "vector":

@@ -94,7 +94,7 @@ def scale_by_muon(
         rows, columns = g.shape
         x = (lerp(g, mu, beta) if nesterov else mu).to(ns_dtype or g.dtype)
         x = x.mT if rows > columns else x
-        x = x / norm(x).to(x.dtype).clamp_min(eps)
+        x = x / norm(x).clamp_min(eps).to(x.dtype)
         for _ in range(ns_steps):
             gram = x @ x.mT
             x = _mixed(a, x, 1, _mixed(b, gram, c, gram, gram), x)
