@@ -14,7 +14,7 @@ from optfn.optimizers.adagrad import AdagradSlots, adagrad, scale_by_adagrad
 from optfn.optimizers.adam import AdamSlots, adam, adamw, scale_by_adam
 from optfn.optimizers.adamax import AdamaxSlots, adamax, scale_by_adamax
 from optfn.optimizers.asgd import AsgdSlots, asgd, scale_by_asgd
-from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon
+from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
 from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms
@@ -134,6 +134,7 @@ __all__ = [
     "scale_by_rms",
     "scale_by_rprop",
     "scale_by_schedule",
+    "scale_by_shape",
     "sgd",
     "sparse_adam",
     "sparse_masked",

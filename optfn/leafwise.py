@@ -115,7 +115,12 @@ def leafwise(
 
 
 def stateless_with_tree_map(
-    f: Callable[[Tensor, Any], Tensor], *, elementwise: bool = True, needs_params: bool = False, sparse: Sparse = "error"
+    f: Callable[[Tensor, Any], Tensor],
+    *,
+    elementwise: bool = True,
+    needs_params: bool = False,
+    sparse: Sparse = "error",
+    complex_: Complex = "real",
 ) -> GradientTransformation:
     """Lift a function of one tensor that keeps no state: ``f(g, p) -> direction``.
 
@@ -126,6 +131,7 @@ def stateless_with_tree_map(
         elementwise: whether an entry of the result depends on that entry alone.
         needs_params: whether ``f`` reads ``p``.
         sparse: what a sparse COO gradient is to ``f``, as in :func:`leafwise`.
+        complex_: what a complex tensor is to ``f``, as in :func:`leafwise`.
 
     Example:
         >>> tx = stateless_with_tree_map(lambda g, p: g.sign())
@@ -138,6 +144,7 @@ def stateless_with_tree_map(
         directions: list[Tensor | None] = [None] * len(grads)
         for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
             if g is not None:
+                _check_complex(g, complex_, f, updates, i)
                 values, rebuild = _dense_values(g, (p, None), sparse, elementwise, f, updates, i)
                 direction, _ = _apply(lambda g, slots, p, step: (f(g, p), slots), values, (), p, None)
                 directions[i] = rebuild(direction)

@@ -110,7 +110,7 @@ MORE = [
     (optim.Adafactor, "all", {"lr": 0.2, "beta2_decay": -0.3, "eps": (1e-2, 0.5), "d": 1.1, "weight_decay": 0.1, "maximize": True}),
     (optim.Adafactor, "lr above 1", {"lr": 2.0}),
     (optim.Adafactor, "beta2_decay = 0", {"beta2_decay": 0.0, "eps": (0.1, 0.0)}),
-    (optim.Adafactor, "tensors", {**TENSORS, "beta2_decay": torch.tensor(-0.5), "eps": (torch.tensor(0.1), 0.1), "d": torch.tensor(2.0)}),
+    (optim.Adafactor, "tensors", {**TENSORS, "beta2_decay": -TENSORS["lr"], "eps": (TENSORS["lr"], 0.1), "d": torch.tensor(2.0)}),
     (optim.Muon, "match_rms_adamw", {"adjust_lr_fn": "match_rms_adamw", "lr": 0.1}),
     (optim.Muon, "original", {"adjust_lr_fn": "original", "nesterov": False}),
     (optim.Muon, "no momentum, no decay", {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.1}),

@@ -71,7 +71,7 @@ def scale_by_factored_rms(beta2_decay: Scalar = -0.8, eps: Scalar | None = None)
     def init(p: Tensor) -> FactoredSlots:
         if p.ndim < 2:
             return FactoredSlots(v=torch.zeros_like(p))
-        return FactoredSlots(torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1, :]))
+        return FactoredSlots(p.new_zeros(*p.shape[:-1], 1), p.new_zeros(*p.shape[:-2], 1, p.shape[-1]))
 
     def mean(x: Tensor, dim: int) -> Tensor:
         return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)

@@ -80,8 +80,7 @@ def scale_by_radam(
         return RAdamSlots(torch.zeros_like(p), torch.zeros_like(p))
 
     def update(g: Tensor, slots: RAdamSlots, p: Any, step: Tensor) -> tuple[Tensor, RAdamSlots]:
-        mu = lerp(slots.mu, g, 1 - b1)
-        nu = b2 * slots.nu + (1 - b2) * g.square()
+        mu, nu = lerp(slots.mu, g, 1 - b1), b2 * slots.nu + (1 - b2) * g.square()
         # In float64 also for float32 leaves: rho is a small difference of large numbers.
         weight = bias_correction(b2, as_time(step))
         rho = longest - 2 * as_time(step) * (1 - weight) / weight
