@@ -49,7 +49,7 @@ def scale_by_asgd(
         learning_rate: :math:`\gamma \ge 0`.
         lambd: :math:`\lambda \ge 0`, decay of the parameters and of the step size.
         alpha: :math:`\alpha \ge 0`, power of the step size's decay.
-        t0: :math:`t_0`, in steps: up to it the average is the last parameter.
+        t0: :math:`t_0`, in steps: the average is of the parameters from step :math:`t_0 + 2` on, and before that the last one.
 
     The average, ``optfn.tree.get(state, "ax")``, has the parameter's shape and dtype. It is one of all entries, so the
     rule is not elementwise.
@@ -101,7 +101,7 @@ def asgd(
         lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule (kept by :func:`inject_hyperparams`).
         lambd: decay :math:`\lambda \ge 0`, see :func:`scale_by_asgd`.
         alpha: power of the step size's decay.
-        t0: the step at which averaging begins.
+        t0: the average is of the parameters from step ``t0 + 2`` on, and before that the last one.
         weight_decay: L2 coefficient :math:`w \ge 0`.
         maximize: ascend instead.
 
