@@ -8,9 +8,17 @@ from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import LeafwiseState, leafwise, stateless_with_tree_map
+from optfn.optimizers.adadelta import AdadeltaSlots, adadelta, scale_by_adadelta
+from optfn.optimizers.adafactor import FactoredSlots, RelativeStepSlots, adafactor, scale_by_factored_rms, scale_by_relative_step
 from optfn.optimizers.adagrad import AdagradSlots, adagrad, scale_by_adagrad
 from optfn.optimizers.adam import AdamSlots, adam, adamw, scale_by_adam
+from optfn.optimizers.adamax import AdamaxSlots, adamax, scale_by_adamax
+from optfn.optimizers.asgd import AsgdSlots, asgd, scale_by_asgd
+from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
+from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
+from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms
+from optfn.optimizers.rprop import RpropSlots, rprop, scale_by_rprop
 from optfn.optimizers.sgd import sgd
 from optfn.optimizers.sparse_adam import sparse_adam
 from optfn.schedules import (
@@ -34,6 +42,7 @@ from optfn.transforms.scaling import (
     ScaleByScheduleState,
     scale,
     scale_by_learning_rate,
+    scale_by_param_block_rms,
     scale_by_schedule,
 )
 from optfn.wrappers.accumulate import AccumulateState, accumulate
@@ -46,28 +55,41 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccumulateState",
+    "AdadeltaSlots",
     "AdagradSlots",
     "AdamSlots",
+    "AdamaxSlots",
     "ApplyIfFiniteState",
+    "AsgdSlots",
     "EmaParamsState",
+    "FactoredSlots",
     "GradientTransformation",
     "InjectHyperparamsState",
     "LeafwiseState",
     "MaskedState",
+    "MuonSlots",
+    "NAdamSlots",
     "PartitionState",
+    "RAdamSlots",
+    "RelativeStepSlots",
     "RmsSlots",
+    "RpropSlots",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
     "TraceSlots",
     "__version__",
     "accumulate",
+    "adadelta",
+    "adafactor",
     "adagrad",
     "adam",
+    "adamax",
     "adamw",
     "add_decayed_weights",
     "apply_if_finite",
     "apply_updates",
+    "asgd",
     "chain",
     "clip",
     "clip_by_block_rms",
@@ -87,17 +109,32 @@ __all__ = [
     "linear_schedule",
     "masked",
     "maximize",
+    "muon",
+    "nadam",
     "named_chain",
     "partition",
     "piecewise_constant_schedule",
     "polynomial_schedule",
+    "radam",
     "rmsprop",
+    "rprop",
     "scale",
+    "scale_by_adadelta",
     "scale_by_adagrad",
     "scale_by_adam",
+    "scale_by_adamax",
+    "scale_by_asgd",
+    "scale_by_factored_rms",
     "scale_by_learning_rate",
+    "scale_by_muon",
+    "scale_by_nadam",
+    "scale_by_param_block_rms",
+    "scale_by_radam",
+    "scale_by_relative_step",
     "scale_by_rms",
+    "scale_by_rprop",
     "scale_by_schedule",
+    "scale_by_shape",
     "sgd",
     "sparse_adam",
     "sparse_masked",

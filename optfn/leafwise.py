@@ -18,6 +18,7 @@ from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
 __all__ = ["LeafwiseState", "leafwise", "stateless_with_tree_map"]
 
 Sparse = Literal["error", "dense", "values"]
+Complex = Literal["real", "error"]
 Rule = Callable[..., Any]
 
 
@@ -41,6 +42,7 @@ def leafwise(
     elementwise: bool = False,
     needs_params: bool = False,
     sparse: Sparse = "error",
+    complex_: Complex = "real",
 ) -> GradientTransformation:
     """Lift a rule for one tensor to trees of tensors.
 
@@ -57,12 +59,15 @@ def leafwise(
         needs_params: whether the rule reads ``p``; without it ``p`` is None where no params are given.
         sparse: what a sparse COO gradient is to the rule: an ``"error"`` that names :func:`sparse_masked`; made ``"dense"``
             first; or its ``"values"`` as they lie there, not summed, which a linear rule that does not read ``p`` may take.
+        complex_: what a complex tensor is to the rule: its ``"real"`` view, or an ``"error"``, where the last dimension of that
+            view would be one dimension too many.
 
     Returns:
         A transformation with a :class:`LeafwiseState`.
 
     Raises:
-        TypeError: from ``init`` and ``update``: a leaf that is no floating-point tensor, a sparse gradient, missing params.
+        TypeError: from ``init`` and ``update``: a leaf that is no floating-point tensor, a sparse or complex one where
+            the rule takes none, missing params.
         ValueError: another structure or another shape than the params' or the state's, or an empty tree.
 
     Example:
@@ -83,7 +88,7 @@ def leafwise(
 
     def init_fn(params: Any) -> LeafwiseState:
         leaves, spec = tree.checked(params, "params")
-        slots = [() if p is None else _init_leaf(init, p, params, i) for i, p in enumerate(leaves)]
+        slots = [() if p is None else _init_leaf(init, p, complex_, params, i) for i, p in enumerate(leaves)]
         device = next((p.device for p in leaves if p is not None), None)
         return LeafwiseState(torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots))
 
@@ -100,6 +105,7 @@ def leafwise(
             if not _has_slots(slots[i]):
                 raise ValueError(f"{_where(update, updates, i)} has an update, but there was no parameter when the state was made")
             likes = (p, _first_tensor(slots[i]) if elementwise else None)
+            _check_complex(g, complex_, update, updates, i)
             values, rebuild = _dense_values(g, likes, sparse, elementwise, update, updates, i)
             direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, values, p))
             directions[i] = rebuild(direction)
@@ -109,7 +115,12 @@ def leafwise(
 
 
 def stateless_with_tree_map(
-    f: Callable[[Tensor, Any], Tensor], *, elementwise: bool = True, needs_params: bool = False, sparse: Sparse = "error"
+    f: Callable[[Tensor, Any], Tensor],
+    *,
+    elementwise: bool = True,
+    needs_params: bool = False,
+    sparse: Sparse = "error",
+    complex_: Complex = "real",
 ) -> GradientTransformation:
     """Lift a function of one tensor that keeps no state: ``f(g, p) -> direction``.
 
@@ -120,6 +131,7 @@ def stateless_with_tree_map(
         elementwise: whether an entry of the result depends on that entry alone.
         needs_params: whether ``f`` reads ``p``.
         sparse: what a sparse COO gradient is to ``f``, as in :func:`leafwise`.
+        complex_: what a complex tensor is to ``f``, as in :func:`leafwise`.
 
     Example:
         >>> tx = stateless_with_tree_map(lambda g, p: g.sign())
@@ -132,6 +144,7 @@ def stateless_with_tree_map(
         directions: list[Tensor | None] = [None] * len(grads)
         for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
             if g is not None:
+                _check_complex(g, complex_, f, updates, i)
                 values, rebuild = _dense_values(g, (p, None), sparse, elementwise, f, updates, i)
                 direction, _ = _apply(lambda g, slots, p, step: (f(g, p), slots), values, (), p, None)
                 directions[i] = rebuild(direction)
@@ -160,10 +173,16 @@ def _where(rule: Rule, of: Any, i: int) -> str:
     return f"{rule_name(rule)}: {repr(path) if path else 'the tensor'}"
 
 
-def _init_leaf(init: Callable[[Tensor], Any], p: Tensor, params: Any, i: int) -> Any:
+def _check_complex(x: Tensor, complex_: Complex, rule: Rule, of: Any, i: int) -> None:
+    if complex_ == "error" and x.is_complex():
+        raise TypeError(f"{_where(rule, of, i)} is complex, which {rule_name(rule)} does not take: pass torch.view_as_real of it")
+
+
+def _init_leaf(init: Callable[[Tensor], Any], p: Tensor, complex_: Complex, params: Any, i: int) -> Any:
     if not (p.is_floating_point() or p.is_complex()) or p.layout != torch.strided:
         kind = p.dtype if p.layout == torch.strided else p.layout
         raise TypeError(f"{_where(init, params, i)} must be a dense floating-point or complex tensor, got {kind}")
+    _check_complex(p, complex_, init, params, i)
     real = as_real(p)
     try:
         slots = init(real)

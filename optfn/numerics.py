@@ -21,6 +21,7 @@ __all__ = [
     "lerp",
     "norm",
     "real_dtype",
+    "rms",
     "sqrt",
     "widened_scalar",
 ]
@@ -126,6 +127,16 @@ def norm(x: Tensor, order: float = 2.0) -> Tensor:
     if x.layout == torch.sparse_coo:
         x = x.coalesce().values()
     return torch.linalg.vector_norm(x, order, dtype=compute_dtype(x))
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root mean square of all entries of one tensor, 0 where there are none; dtype and derivative as in :func:`norm`.
+
+    Example:
+        >>> rms(torch.tensor([1.0, 7.0]))
+        tensor(5.)
+    """
+    return norm(x) / max(x.numel(), 1) ** 0.5
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

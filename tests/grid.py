@@ -31,6 +31,7 @@ class Row:
         in_state: the hyperparameter's name, if it lives in the state rather than in the pair.
         wide: the parameter-shaped parts of the state that have a dtype of their own for half-precision parameters, and which.
         sparse: the gradients are handed over as sparse COO tensors.
+        steps: how many it takes to show all that it does.
         but: the cells that are not green.
     """
 
@@ -41,6 +42,7 @@ class Row:
     in_state: str | None = None
     wide: Mapping[str, torch.dtype] = field(default_factory=dict)
     sparse: bool = False
+    steps: int = 3
     but: Mapping[str, Declared] = field(default_factory=dict)
 
     def build(self, h: Any = None) -> GradientTransformation:
@@ -90,6 +92,22 @@ AVERAGED = Declared("every parameter is averaged, one that sits the step out too
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
 AS_IT_IS = Declared("a function of whole trees is handed half-precision leaves as they are", AssertionError, "are not equal")
 NO_BATCH = Declared("torch has no batched sparse tensors", NotImplementedError, "'SparseCPU' backend")
+NO_COMPLEX = Declared("it refuses complex parameters, as torch does", TypeError, "'a' is complex, which scale_by_.* does not take")
+
+SCALARS = {"eta": torch.float32, "mu": torch.float32}
+FLOAT32 = dict.fromkeys(
+    ("grad", "jvp"), Declared("its step size is rounded to float32, as torch's is", AssertionError, "Scalars are not close")
+)
+BFLOAT16 = {
+    **dict.fromkeys(("grad", "jvp"), Declared("the iteration is rounded to bfloat16", AssertionError, "Scalars are not close")),
+    "vmap": Declared("mapped, torch rounds a product to bfloat16 before it is added", AssertionError, "not close"),
+}
+
+
+def matrices(tx: GradientTransformation) -> GradientTransformation:
+    """On what is a matrix; the updates of the rest pass."""
+    return optfn.masked(tx, lambda path, p: p.ndim == 2)
+
 
 ROWS = [
     # Aliases
@@ -122,7 +140,60 @@ ROWS = [
             ),
         },
     ),
+    Row("adadelta", lambda h: optfn.adadelta(h, eps=1e-3)),
+    Row("adadelta.rho", lambda h: optfn.adadelta(rho=h, eps=1e-3, weight_decay=0.1, maximize=True), 0.8),
+    Row("adamax", optfn.adamax),
+    Row("adamax.b2", lambda h: optfn.adamax(0.1, betas=(0.8, h), weight_decay=0.1, maximize=True), 0.9),
+    Row("nadam", optfn.nadam, wide={"mu_product": torch.float32}),
+    Row(
+        "nadam.decoupled",
+        lambda h: optfn.nadam(0.1, weight_decay=h, decoupled_weight_decay=True, maximize=True),
+        wide={"mu_product": torch.float32},
+    ),
+    Row("radam", optfn.radam, steps=6),
+    Row("radam.decoupled", lambda h: optfn.radam(0.1, weight_decay=h, decoupled_weight_decay=True, maximize=True), steps=6),
+    Row("rprop", optfn.rprop),
+    Row("rprop.schedule", lambda h: optfn.rprop(optfn.linear_schedule(h, 0.0, 10), weight_decay=0.1, maximize=True)),
+    Row("asgd", optfn.asgd, wide=SCALARS, but=FLOAT32),
+    Row("asgd.lambd", lambda h: optfn.asgd(0.1, lambd=h, t0=1, weight_decay=0.1, maximize=True), wide=SCALARS, but=FLOAT32),
+    Row("asgd.schedule", lambda h: optfn.asgd(optfn.linear_schedule(h, 0.01, 10), t0=1), wide=SCALARS, but=FLOAT32),
+    Row("adafactor", optfn.adafactor, but={"complex": NO_COMPLEX}),
+    Row(
+        "adafactor.schedule",
+        lambda h: optfn.adafactor(optfn.linear_schedule(h, 0.01, 10), eps=(1e-2, 0.1), weight_decay=0.1, maximize=True),
+        but={"complex": NO_COMPLEX},
+    ),
+    Row("muon", lambda h: matrices(optfn.muon(h)), but={**BFLOAT16, "complex": NO_COMPLEX}),
+    Row(
+        "muon.float64",
+        lambda h: matrices(optfn.muon(0.1, h, adjust_lr_fn="match_rms_adamw", ns_dtype=None, maximize=True)),
+        but={"complex": NO_COMPLEX},
+    ),
     # Blocks
+    Row("scale_by_adadelta", lambda h: optfn.scale_by_adadelta(eps=h)),
+    Row("scale_by_adamax", lambda h: optfn.scale_by_adamax(h), 0.9),
+    Row("scale_by_nadam", lambda h: optfn.scale_by_nadam(b2=h), 0.9, wide={"mu_product": torch.float32}),
+    Row("scale_by_radam", lambda h: optfn.scale_by_radam(b2=h, eps_root=1e-3), 0.9, steps=6),
+    Row("scale_by_radam.eps_hat", lambda h: optfn.scale_by_radam(b2=0.95, eps=h, threshold=4.0, eps_hat=True), steps=6),
+    Row("scale_by_rprop", lambda h: optfn.scale_by_rprop(0.1, eta_plus=h), 1.2),
+    Row("scale_by_asgd", optfn.scale_by_asgd, wide=SCALARS, but=FLOAT32),
+    Row("scale_by_factored_rms", lambda h: optfn.scale_by_factored_rms(h), -0.8, but={"complex": NO_COMPLEX}),
+    Row("scale_by_param_block_rms", optfn.scale_by_param_block_rms, 2.0),
+    Row("scale_by_relative_step", optfn.scale_by_relative_step),
+    Row(
+        "scale_by_muon",
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, mu_dtype=torch.float64, ns_dtype=None)),
+        0.9,
+        wide={"mu": torch.float64},
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.coeffs",
+        lambda h: matrices(optfn.scale_by_muon((2.0, h, 0.5), ns_dtype=None)),
+        -1.5,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row("scale_by_shape", lambda: matrices(optfn.scale_by_shape()), None, but={"complex": NO_COMPLEX, "vmap_lr": NO_NUMBER}),
     Row("scale_by_adam", lambda h: optfn.scale_by_adam(b2=h), 0.99),
     Row(
         "scale_by_adam.nesterov",

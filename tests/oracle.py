@@ -28,11 +28,13 @@ class Oracle(NamedTuple):
         alias: the function that makes our transformation.
         states: a name in torch's state to the name, for ``optfn.tree.get``, of the same in ours.
         options: torch's keyword arguments, without ``FLAGS``, to ours.
+        takes: whether the class takes a leaf like this one.
     """
 
     alias: Callable[..., optfn.GradientTransformation]
     states: Mapping[str, str]
     options: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    takes: Callable[[Tensor], bool] = lambda p: True
 
     def transformation(self, kwargs: Mapping[str, Any]) -> optfn.GradientTransformation:
         return self.alias(**self.options({k: v for k, v in kwargs.items() if k not in FLAGS}))
@@ -46,6 +48,17 @@ ORACLES: dict[type[torch.optim.Optimizer], Oracle] = {
     torch.optim.Adagrad: Oracle(optfn.adagrad, {"sum": "sum"}),
     torch.optim.RMSprop: Oracle(optfn.rmsprop, {"square_avg": "nu", "grad_avg": "mu", "momentum_buffer": "trace"}),
     torch.optim.SparseAdam: Oracle(optfn.sparse_adam, {"exp_avg": "mu", "exp_avg_sq": "nu"}),
+    torch.optim.Adadelta: Oracle(optfn.adadelta, {"square_avg": "e_g", "acc_delta": "e_x"}),
+    torch.optim.Adamax: Oracle(optfn.adamax, {"exp_avg": "mu", "exp_inf": "nu"}),
+    torch.optim.NAdam: Oracle(optfn.nadam, {"exp_avg": "mu", "exp_avg_sq": "nu", "mu_product": "mu_product"}),
+    torch.optim.RAdam: Oracle(optfn.radam, {"exp_avg": "mu", "exp_avg_sq": "nu"}),
+    torch.optim.Rprop: Oracle(optfn.rprop, {"prev": "prev", "step_size": "step_size"}),
+    torch.optim.ASGD: Oracle(optfn.asgd, {"ax": "ax", "eta": "eta", "mu": "mu"}),
+    # torch divides by the number of entries: an empty leaf is a ZeroDivisionError there.
+    torch.optim.Adafactor: Oracle(
+        optfn.adafactor, {"row_var": "v_row", "col_var": "v_col", "variance": "v"}, takes=lambda p: p.numel() > 0
+    ),
+    torch.optim.Muon: Oracle(optfn.muon, {"momentum_buffer": "mu"}, takes=lambda p: p.ndim == 2),
 }
 INFOS = {info.optim_cls: info for info in optim_db}
 
@@ -55,7 +68,10 @@ def configurations(cls: type) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for device in ("cpu", "cuda"):
         for entry in INFOS[cls].optim_inputs_func(device=device):
-            found.setdefault(entry.desc, entry.kwargs)
+            desc = entry.desc
+            while str(found.get(desc, entry.kwargs)) != str(entry.kwargs):  # some descriptions are there twice
+                desc += "'"
+            found[desc] = entry.kwargs
     return found
 
 
@@ -144,6 +160,8 @@ ABSENT: dict[str, Callable[[int], bool]] = {
     "empty": lambda t: t % 2 == 0,
     "late": lambda t: t < 4,
     "never": lambda t: True,
+    "tall": lambda t: t < 4,
+    "wide": lambda t: t == 0,
     "table": lambda t: t % 3 == 1,
     "row": lambda t: t < 4,
     "entries": lambda t: True,
@@ -151,7 +169,14 @@ ABSENT: dict[str, Callable[[int], bool]] = {
 """When a leaf's gradient is None; at step 7 every leaf's is."""
 
 
-def problem(dtype: torch.dtype, *, absent: bool = False, zeros: bool = True, seed: int = 0) -> Problem:
+def problem(
+    dtype: torch.dtype,
+    *,
+    absent: bool = False,
+    zeros: bool = True,
+    seed: int = 0,
+    takes: Callable[[Tensor], bool] = lambda p: True,
+) -> Problem:
     """Dense leaves of every kind, with gradients of several sizes.
 
     Args:
@@ -159,11 +184,12 @@ def problem(dtype: torch.dtype, *, absent: bool = False, zeros: bool = True, see
         absent: whether gradients are None as ``ABSENT`` says.
         zeros: whether there are exact zeros: one entry always, a whole first gradient, all gradients at step 6.
         seed: of the random numbers.
+        takes: the leaves wanted.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)]
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype, generator=generator)
+    def draw(*shape: int, by: int = 0) -> Tensor:
+        return torch.randn(shape, dtype=dtype, generator=generators[by])
 
     params = {
         "matrix": draw(4, 3),
@@ -174,12 +200,17 @@ def problem(dtype: torch.dtype, *, absent: bool = False, zeros: bool = True, see
         "sliced": draw(4, 6)[:, ::2],
         "late": draw(3),
         "never": draw(2),
+        "tall": draw(7, 2, by=1),
+        "wide": draw(2, 5, by=1),
+        "deep": draw(2, 3, 4, by=1),
     }
-    scales = dict(zip(params, (1.0, 1e-3, 10.0, 1.0, 0.1, 1e-2, 1.0, 1.0), strict=True))
+    scales = dict(zip(params, (1.0, 1e-3, 10.0, 1.0, 0.1, 1e-2, 1.0, 1.0, 1e-3, 1.0, 0.1), strict=True))
+    params = {name: p for name, p in params.items() if takes(p)}
 
     def gradient(name: str, t: int) -> Tensor:
         p = params[name]
-        g = scales[name] * (draw(*reversed(p.shape)).t() if name == "matrix" else draw(*p.shape))  # strided as p is not
+        by = int(name in ("tall", "wide", "deep"))
+        g = scales[name] * (draw(*reversed(p.shape)).t() if name == "matrix" else draw(*p.shape, by=by))  # strided as p is not
         if zeros and (t == 6 or (name == "transposed" and t == 0)):
             return torch.zeros_like(g)
         if zeros and name == "vector":
@@ -289,8 +320,10 @@ def follow(
             continue
         ours, fresh = by_name(tree.get(state, our_name)), by_name(tree.get(start, our_name))
         for name, of in kept.items():
-            # without a gradient ours is as init made it
-            check(ours[name], of.get(torch_name, fresh[name]), f"{torch_name} of {name}")
+            if isinstance(ours[name], tuple):
+                assert torch_name not in of, f"torch has a {torch_name} of {name}"
+            else:  # without a gradient ours is as init made it
+                check(ours[name], of.get(torch_name, fresh[name]), f"{torch_name} of {name}")
 
 
 def check(ours: Tensor, theirs: Tensor, what: str) -> None:

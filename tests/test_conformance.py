@@ -27,7 +27,6 @@ from optfn import tree
 from optfn.numerics import as_real
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (3,)}
-STEPS = 3
 
 
 class Sample(NamedTuple):
@@ -39,7 +38,7 @@ class Sample(NamedTuple):
 
 
 def sample(
-    row: Row, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64, steps: int = STEPS, seed: int = 0
+    row: Row, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64, steps: int = 0, seed: int = 0
 ) -> Sample:
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,7 +46,7 @@ def sample(
         wide = torch.complex128 if dtype.is_complex else torch.float64
         return {name: torch.randn(shape, dtype=wide, generator=generator).to(dtype) for name, shape in shapes.items()}
 
-    return Sample(draw(), [draw() for _ in range(steps)], hyperparameter(row))
+    return Sample(draw(), [draw() for _ in range(steps or row.steps)], hyperparameter(row))
 
 
 def hyperparameter(row: Row, dtype: torch.dtype = torch.float64) -> Tensor | None:

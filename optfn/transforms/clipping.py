@@ -9,7 +9,7 @@ from optfn import tree
 from optfn.checks import number
 from optfn.core import GradientTransformation, stateless
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar, norm
+from optfn.numerics import Scalar, rms
 from optfn.transforms.scaling import scale
 
 __all__ = ["clip", "clip_by_block_rms", "clip_by_global_norm"]
@@ -74,7 +74,6 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     bound = number("threshold", threshold, above=0)
 
     def clipped(g: Tensor, p: Any) -> Tensor:
-        rms = norm(g) / max(g.numel(), 1) ** 0.5
-        return g / (rms / bound).clamp_min(1)
+        return g / (rms(g) / bound).clamp_min(1)
 
     return stateless_with_tree_map(clipped, elementwise=False)

@@ -10,10 +10,17 @@ from optfn import tree
 from optfn.checks import number, scalar_or_schedule
 from optfn.core import GradientTransformation, transformation
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar
+from optfn.numerics import Scalar, rms
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
-__all__ = ["ScaleByLearningRateState", "ScaleByScheduleState", "scale", "scale_by_learning_rate", "scale_by_schedule"]
+__all__ = [
+    "ScaleByLearningRateState",
+    "ScaleByScheduleState",
+    "scale",
+    "scale_by_learning_rate",
+    "scale_by_param_block_rms",
+    "scale_by_schedule",
+]
 
 
 def scale(step_size: Scalar) -> GradientTransformation:
@@ -28,6 +35,27 @@ def scale(step_size: Scalar) -> GradientTransformation:
     """
     step_size = number("step_size", step_size)
     return stateless_with_tree_map(lambda g, p: step_size * g, sparse="values")
+
+
+def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    r"""Multiply each update by the root mean square of its parameter: :math:`u \max(\epsilon, \mathrm{RMS}(p))`.
+
+    Args:
+        min_scale: :math:`\epsilon \ge 0`, in the units of the parameters.
+
+    Raises:
+        TypeError: from ``update``: ``params`` is missing.
+        ValueError: a negative ``min_scale``.
+
+    Reference:
+        Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018, section 8 (relative step size).
+
+    Example:
+        >>> scale_by_param_block_rms().update(torch.ones(2), (), torch.tensor([1.0, 7.0]))[0]
+        tensor([5., 5.])
+    """
+    floor = number("min_scale", min_scale, at_least=0)
+    return stateless_with_tree_map(lambda g, p: g * rms(p).clamp_min(floor), elementwise=False, needs_params=True)
 
 
 class ScaleByScheduleState(NamedTuple):

@@ -10,9 +10,9 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import is_zero
 from optfn.core import GradientTransformation, is_elementwise, transformation
-from optfn.schedules import as_time
+from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
-__all__ = ["InjectHyperparamsState", "inject_hyperparams"]
+__all__ = ["InjectHyperparamsState", "inject_hyperparams", "with_learning_rate"]
 
 
 class InjectHyperparamsState(NamedTuple):
@@ -92,38 +92,60 @@ def inject_hyperparams(
         numbers = {name: arguments[name] for name, kind in kinds.items() if kind == "number"}
         schedules = {name: arguments[name] for name, kind in kinds.items() if kind == "schedule"}
 
-        def as_tensor(value: Any, device: torch.device) -> Any:
-            if isinstance(value, tuple):
-                return tuple(as_tensor(v, device) for v in value)
-            dtype = hyperparam_dtype or (torch.float32 if device.type == "mps" else torch.float64)
-            return torch.as_tensor(value, dtype=dtype, device=device)
-
-        def scheduled_at(count: Tensor) -> dict[str, Any]:
-            return {name: as_tensor(schedule(as_time(count)), count.device) for name, schedule in schedules.items()}
-
         def inner(values: dict[str, Any]) -> GradientTransformation:
             return factory(**{**arguments, **values})
 
-        checked = inner(scheduled_at(torch.zeros((), dtype=torch.int64)))  # the numbers are checked here, once
-
-        def init(params: Any) -> InjectHyperparamsState:
-            device = next((p.device for p in tree.leaves(params)), torch.device("cpu"))
-            count = torch.zeros((), dtype=torch.int64, device=device)
-            hyperparams = {name: tree.map(torch.clone, as_tensor(value, device)) for name, value in numbers.items()}
-            scheduled = scheduled_at(count)
-            return InjectHyperparamsState(count, hyperparams, scheduled, inner({**hyperparams, **scheduled}).init(params))
-
-        def update(
-            updates: Any, state: InjectHyperparamsState, params: Any = None, **extra: Any
-        ) -> tuple[Any, InjectHyperparamsState]:
-            scheduled = scheduled_at(state.count)
-            tx = inner({**state.hyperparams, **scheduled})
-            updates, inner_state = tx.update(updates, state.inner_state, params, **extra)
-            return updates, InjectHyperparamsState(state.count + 1, state.hyperparams, scheduled, inner_state)
-
-        return transformation(init, update, elementwise=is_elementwise(checked))
+        return _injected(inner, numbers, schedules, hyperparam_dtype)
 
     return make
+
+
+def _injected(
+    make: Callable[[dict[str, Any]], GradientTransformation],
+    numbers: dict[str, Any],
+    schedules: dict[str, Schedule],
+    hyperparam_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """``make(values)`` at every step, with the values of numbers and of schedules by name."""
+
+    def as_tensor(value: Any, device: torch.device) -> Any:
+        if isinstance(value, tuple):
+            return tuple(as_tensor(v, device) for v in value)
+        dtype = hyperparam_dtype or (torch.float32 if device.type == "mps" else torch.float64)
+        return torch.as_tensor(value, dtype=dtype, device=device)
+
+    def scheduled_at(count: Tensor) -> dict[str, Any]:
+        return {name: as_tensor(schedule(as_time(count)), count.device) for name, schedule in schedules.items()}
+
+    checked = make(dict.fromkeys(schedules, torch.zeros(())))  # the numbers are checked here, once; what a schedule gives never is
+
+    def init(params: Any) -> InjectHyperparamsState:
+        device = next((p.device for p in tree.leaves(params)), torch.device("cpu"))
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        hyperparams = {name: tree.map(torch.clone, as_tensor(value, device)) for name, value in numbers.items()}
+        scheduled = scheduled_at(count)
+        return InjectHyperparamsState(count, hyperparams, scheduled, make({**hyperparams, **scheduled}).init(params))
+
+    def update(updates: Any, state: InjectHyperparamsState, params: Any = None, **extra: Any) -> tuple[Any, InjectHyperparamsState]:
+        scheduled = scheduled_at(state.count)
+        tx = make({**state.hyperparams, **scheduled})
+        updates, inner_state = tx.update(updates, state.inner_state, params, **extra)
+        return updates, InjectHyperparamsState(state.count + 1, state.hyperparams, scheduled, inner_state)
+
+    return transformation(init, update, elementwise=is_elementwise(checked))
+
+
+def with_learning_rate(make: Callable[[Any], GradientTransformation], lr: ScalarOrSchedule) -> GradientTransformation:
+    """``make(lr)``, where ``lr`` may be a schedule though the rule that ``make`` hands it to takes a number.
+
+    Example:
+        >>> tx = with_learning_rate(lambda lr: optfn.scale(-lr), optfn.linear_schedule(0.5, 0.0, 2))
+        >>> tx.update(torch.ones(1), tx.init(torch.ones(1)))[0]
+        tensor([-0.5000])
+    """
+    if callable(lr) and not isinstance(lr, Tensor):
+        return _injected(lambda values: make(values["lr"]), {}, {"lr": lr})
+    return make(lr)
 
 
 def _kind(value: Any, default: Any) -> str:

@@ -57,7 +57,7 @@ def sparse_masked(
 
         def gather(x: Tensor, at: _Everything | None) -> Tensor:
             whole.append(x)
-            return x if at is None else at.gather(x)
+            return at.gather(x) if at is not None and at.shape == x.shape else x
 
         seen = tree.map_params(gather, state, updates, chosen)
         before = iter(whole.copy())
@@ -66,7 +66,9 @@ def sparse_masked(
 
         def scatter(x: Tensor, at: _Everything | None) -> Tensor:
             old = next(before)
-            return old if at is None else at.scatter(old, x)
+            if at is None:
+                return old
+            return at.scatter(old, x) if at.shape == old.shape else x
 
         return tree.map(lambda u, at: at.restore(u), new_values, chosen), tree.map_params(scatter, new, values, chosen)
 
@@ -77,7 +79,7 @@ class _Everything:
     """All entries of a tensor: what is gathered there, and how it goes back."""
 
     def __init__(self, g: Tensor) -> None:
-        self.values = g
+        self.values, self.shape = g, g.shape
 
     def gather(self, x: Tensor) -> Tensor:
         return x
