@@ -8,8 +8,10 @@ from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import LeafwiseState, leafwise, stateless_with_tree_map
+from optfn.minimize import MinimizeResult, minimize
 from optfn.optimizers.adagrad import AdagradSlots, adagrad, scale_by_adagrad
 from optfn.optimizers.adam import AdamSlots, adam, adamw, scale_by_adam
+from optfn.optimizers.lbfgs import LbfgsState, lbfgs
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms
 from optfn.optimizers.sgd import sgd
 from optfn.optimizers.sparse_adam import sparse_adam
@@ -52,8 +54,10 @@ __all__ = [
     "EmaParamsState",
     "GradientTransformation",
     "InjectHyperparamsState",
+    "LbfgsState",
     "LeafwiseState",
     "MaskedState",
+    "MinimizeResult",
     "PartitionState",
     "RmsSlots",
     "ScaleByLearningRateState",
@@ -83,10 +87,12 @@ __all__ = [
     "interop",
     "is_elementwise",
     "join_schedules",
+    "lbfgs",
     "leafwise",
     "linear_schedule",
     "masked",
     "maximize",
+    "minimize",
     "named_chain",
     "partition",
     "piecewise_constant_schedule",
