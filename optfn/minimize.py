@@ -87,11 +87,12 @@ def minimize(
         ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
         >>> start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
         >>> result = minimize(rosenbrock, start, optfn.lbfgs(line_search_fn="strong_wolfe"))
-        >>> result.params.sub(1).abs().max() < 1e-6, result.reason
-        (tensor(True), 'gradient')
+        >>> result.params, result.reason, result.evals
+        (tensor([1.0000, 1.0000], dtype=torch.float64), 'change', 43)
     """
-    limits = {"max_steps": max_steps, "max_evals": max_evals, "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
-    for name, limit in limits.items():
+    steps_and_evals = {"max_steps": max_steps, "max_evals": max_evals}
+    tolerances = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
+    for name, limit in {**steps_and_evals, **tolerances}.items():
         if limit is not None and not limit >= 0:
             raise ValueError(f"{name} must be >= 0, got {limit}")
     evaluate = _Evaluations(fun if value_and_grad else tree.value_and_grad(fun))

@@ -90,6 +90,9 @@ AVERAGED = Declared("every parameter is averaged, one that sits the step out too
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
 AS_IT_IS = Declared("a function of whole trees is handed half-precision leaves as they are", AssertionError, "are not equal")
 NO_BATCH = Declared("torch has no batched sparse tensors", NotImplementedError, "'SparseCPU' backend")
+ONE_VECTOR = {
+    "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
+}
 
 ROWS = [
     # Aliases
@@ -122,6 +125,8 @@ ROWS = [
             ),
         },
     ),
+    Row("lbfgs", optfn.lbfgs, but=ONE_VECTOR),
+    Row("lbfgs.history", lambda h: optfn.lbfgs(optfn.linear_schedule(h, 0.01, 10), history_size=2), but=ONE_VECTOR),
     # Blocks
     Row("scale_by_adam", lambda h: optfn.scale_by_adam(b2=h), 0.99),
     Row(

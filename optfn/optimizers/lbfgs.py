@@ -30,7 +30,7 @@ class _NoSlots(NamedTuple):
 
 
 class LbfgsState(NamedTuple):
-    """The state of :func:`lbfgs`: all leaves as one vector of n entries, in the order of :func:`optfn.tree.flatten`.
+    r"""The state of :func:`lbfgs`: all leaves as one vector of n entries, in the order of :func:`optfn.tree.flatten`.
 
     Its dtype is the widest of the leaves', float32 at least; a complex entry is two.
 
@@ -41,8 +41,8 @@ class LbfgsState(NamedTuple):
         last_step: what the last iteration added to the parameters, n entries.
         s: the last m steps, m rows of n entries; zeros where there is none yet.
         y: the changes of the gradient over them, as ``s``.
-        sy: the products :math:`s_i^\\top y_j` of each pair with itself and with the newer ones, m rows of m entries; the
-            identity where there are none yet.
+        products: :math:`s_i^\top y_j` of each pair with itself and with the newer ones, m rows of m entries; the identity
+            where there are none yet.
         gamma: the scale of the first approximation of the inverse Hessian, 0-dim.
     """
 
@@ -52,7 +52,7 @@ class LbfgsState(NamedTuple):
     last_step: Tensor
     s: Tensor
     y: Tensor
-    sy: Tensor
+    products: Tensor
     gamma: Tensor
 
 
@@ -128,11 +128,11 @@ def lbfgs(
     Example:
         >>> tx, params = lbfgs(), {"w": torch.tensor([1.0, -1.0])}
         >>> state = tx.init(params)
-        >>> for _ in range(3):
+        >>> for _ in range(10):
         ...     grads = {"w": torch.tensor([2.0, 0.5]) * params["w"]}
         ...     updates, state = tx.update(grads, state, params)
         ...     params = optfn.apply_updates(params, updates)
-        >>> params["w"].abs().max() < 0.2
+        >>> params["w"].abs().max() < 1e-4
         tensor(True)
     """
     rate: Any = scalar_or_schedule("lr", lr, at_least=0)
@@ -159,8 +159,8 @@ def lbfgs(
         zero = torch.zeros_like(_ravel(tree.leaves(params)))
         history = zero.new_zeros(history_size, len(zero))
         count = torch.zeros((), dtype=torch.int64, device=zero.device)
-        sy = torch.eye(history_size, dtype=zero.dtype, device=zero.device)
-        return LbfgsState(count, count.clone(), zero, zero.clone(), history, history.clone(), sy, zero.new_ones(()))
+        products = torch.eye(history_size, dtype=zero.dtype, device=zero.device)
+        return LbfgsState(count, count.clone(), zero, zero.clone(), history, history.clone(), products, zero.new_ones(()))
 
     def update(
         updates: Any,
@@ -186,15 +186,15 @@ def lbfgs(
         newest = keep & (rows == state.pairs % history_size)
         s_all = torch.where(newest[:, None], state.last_step, state.s)
         y_all = torch.where(newest[:, None], y, state.y)
-        sy = torch.where(newest, (s_all @ y)[:, None], state.sy)
+        products = torch.where(newest, (s_all @ y)[:, None], state.products)
         gamma = torch.where(keep, ys / torch.where(keep, yy, 1), state.gamma)
         pairs = state.pairs + keep
 
-        d = _direction(g, s_all, y_all, sy, gamma, pairs)
+        d = _direction(g, s_all, y_all, products, gamma, pairs)
         slope = g.dot(d)
         moves = active & ~(slope > -too_small)
-        t = rate(as_time(state.n_iter)) if callable(rate) else rate
-        t = torch.where(state.n_iter == 0, 1 / g.abs().sum().clamp_min(1), 1) * t
+        eta: Any = rate(as_time(state.n_iter)) if callable(rate) else rate
+        t: Any = torch.where(state.n_iter == 0, 1 / g.abs().sum().clamp_min(1), 1) * eta
 
         if line_search_fn is not None:
             require("lbfgs", params=params, value=value, value_fn=value_and_grad_fn or value_fn)
@@ -214,21 +214,21 @@ def lbfgs(
 
         step = torch.where(moves, t * d, 0)
         last = torch.where(active, g, state.last_grad), torch.where(active, step, state.last_step)
-        new = LbfgsState(state.n_iter + active, pairs, *last, s_all, y_all, sy, gamma)
+        new = LbfgsState(state.n_iter + active, pairs, *last, s_all, y_all, products, gamma)
         return tree.unflatten(spec, _unravel(step, grads)), new
 
     return transformation(init, update)
 
 
-def _direction(g: Tensor, s: Tensor, y: Tensor, sy: Tensor, gamma: Tensor, pairs: Tensor) -> Tensor:
+def _direction(g: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Tensor, pairs: Tensor) -> Tensor:
     """The two loops. A pair that is not there yet is zeros, with a product of 1, and adds nothing.
 
     R is the upper triangle of the products, oldest pair first. The first loop is R a = -S g, the second, with b its quotients
     and c = a - b, is R'c = D a - Y q, where D is the diagonal of R.
     """
-    rows = torch.arange(len(sy), device=g.device)
-    oldest_first, back = (rows + pairs) % len(sy), (rows - pairs) % len(sy)
-    r = sy[oldest_first][:, oldest_first].triu()
+    rows = torch.arange(len(products), device=g.device)
+    oldest_first, back = (rows + pairs) % len(products), (rows - pairs) % len(products)
+    r = products[oldest_first][:, oldest_first].triu()
     a = torch.linalg.solve_triangular(r, -(s @ g)[oldest_first, None], upper=True)
     q = gamma * (-g - a[back, 0] @ y)
     c = torch.linalg.solve_triangular(r.mT, r.diagonal()[:, None] * a - (y @ q)[oldest_first, None], upper=False)
@@ -270,7 +270,7 @@ def _strong_wolfe(along: Callable[[float], tuple[float, float]], t: float, start
         left, right = sorted((bracket[0][0], bracket[1][0]))
         if right - left < shortest:
             break
-        t, margin = _cubic(*bracket, (left, right)), 0.1 * (right - left)
+        t, margin = _cubic(bracket[0], bracket[1], (left, right)), 0.1 * (right - left)
         # A trial near an end is moved inside where it is at the end, or where the last one was near an end too.
         near = min(right - t, t - left) < margin
         if near and (stuck or t >= right or t <= left):
