@@ -38,7 +38,8 @@ class LbfgsState(NamedTuple):
         n_iter: iterations so far, a 0-dim int64 tensor.
         pairs: pairs kept so far, a 0-dim int64 tensor; the newest is in row ``(pairs - 1) % m``.
         last_grad: the gradient of the last iteration, n entries.
-        last_step: what the last iteration added to the parameters, n entries.
+        last_step: what the last iteration added to the parameters, n entries; where the slope stopped it, as in torch, what
+            it would have added.
         s: the last m steps, m rows of n entries; zeros where there is none yet.
         y: the changes of the gradient over them, as ``s``.
         products: :math:`s_i^\top y_j` of each pair with itself and with the newer ones, m rows of m entries; the identity
@@ -212,8 +213,9 @@ def lbfgs(
                     start = 0.0, float(value), float(slope if grad is None else _ravel(gathered(grad, params)[0], g).dot(d))
                     t = _strong_wolfe(along, float(t), start, float(too_small / d.abs().max()), min(limits))
 
-        step = torch.where(moves, t * d, 0)
+        step = t * d
         last = torch.where(active, g, state.last_grad), torch.where(active, step, state.last_step)
+        step = torch.where(moves, step, 0)
         new = LbfgsState(state.n_iter + active, pairs, *last, s_all, y_all, products, gamma)
         return tree.unflatten(spec, _unravel(step, grads)), new
 
