@@ -63,6 +63,9 @@ def minimize(
     ``lbfgs`` the loop is that of ``torch.optim.LBFGS.step``, its tolerances are torch's, and torch's ``max_iter`` and ``max_eval``
     are ``max_steps`` and ``max_evals``.
 
+    ``lbfgs`` has tolerances of its own, at which its updates are 0: to go on to the last digit,
+    ``tolerance_change=0.0`` in both.
+
     The loop is Python's, and waits for the values of every step; a function that is slow may be compiled. Nothing is recorded for
     autograd, and the arguments are left as they are.
 
@@ -72,12 +75,15 @@ def minimize(
         tx: any transformation.
         state: its state; by default a new one.
         max_steps: updates at most, at least 0.
-        max_evals: evaluations of ``fun`` after which no update begins; None for any number.
-        tolerance_grad: in the units of the gradient; None for no such test.
-        tolerance_change: in the units of the parameters, and of the value; None for no such test (a transformation that only
-            gathers at some steps, as :func:`accumulate` does, changes nothing at others).
+        max_evals: evaluations of ``fun`` after which no update begins, at least 0; None for any number.
+        tolerance_grad: in the units of the gradient, at least 0; None for no such test.
+        tolerance_change: in the units of the parameters, and of the value, at least 0; None for no such test (a transformation
+            that only gathers at some steps, as :func:`accumulate` does, changes nothing at others).
         value_and_grad: whether ``fun`` returns ``(value, grads)`` instead, grads a tree in the structure of params, None for a leaf
             without one.
+
+    Returns:
+        A :class:`MinimizeResult`: the last point, the transformation's state there, and the reason to stop.
 
     Raises:
         ValueError: a limit or a tolerance is negative; the value is no 0-dim tensor.

@@ -81,7 +81,8 @@ def lbfgs(
     :math:`\eta \min(1, 1 / \|g\|_1)`; with a line search it is where the search begins.
 
     The two loops are two triangular systems in the products :math:`s_i^\top y_j`, and are solved as such, for all
-    pairs at once: a step reads the history five times, in six products, whatever the size of it.
+    pairs at once: a step is five products of a matrix with a vector, whatever :math:`m` is. A step that is not compiled copies
+    the history, as it changes nothing in place.
 
     :func:`minimize` is the loop around it: ``minimize(fun, params, lbfgs(), max_steps=20, max_evals=25)`` is one
     ``torch.optim.LBFGS.step(closure)``, and the state that it returns goes into the next. In a loop of your own, updates
