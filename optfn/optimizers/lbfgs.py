@@ -81,8 +81,8 @@ def lbfgs(
     :math:`\eta \min(1, 1 / \|g\|_1)`; with a line search it is where the search begins.
 
     The two loops are two triangular systems in the products :math:`s_i^\top y_j`, and are solved as such, for all
-    pairs at once: a step is five products of a matrix with a vector, whatever :math:`m` is. A step that is not compiled copies
-    the history, as it changes nothing in place.
+    pairs at once: a step is five products of a matrix with a vector, whatever :math:`m` is. As nothing is changed in place,
+    it also writes the history anew.
 
     :func:`minimize` is the loop around it: ``minimize(fun, params, lbfgs(), max_steps=20, max_evals=25)`` is one
     ``torch.optim.LBFGS.step(closure)``, and the state that it returns goes into the next. In a loop of your own, updates
@@ -99,7 +99,7 @@ def lbfgs(
     - ``value``: of the function at ``params``.
     - ``value_fn(params) -> value``, or ``value_and_grad_fn(params) -> (value, grads)``.
     - ``grad``: the gradient of ``value``, if what is passed as updates is another, changed by an earlier link of a chain.
-    - ``max_evals``: how often this update may evaluate.
+    - ``max_evals``: a bound as ``max_ls`` is, for this update.
 
     Its steps are what the next iteration remembers, so nothing after it in a chain may change them.
 
