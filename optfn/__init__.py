@@ -8,12 +8,14 @@ from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import LeafwiseState, leafwise, stateless_with_tree_map
+from optfn.minimize import MinimizeResult, minimize
 from optfn.optimizers.adadelta import AdadeltaSlots, adadelta, scale_by_adadelta
 from optfn.optimizers.adafactor import FactoredSlots, RelativeStepSlots, adafactor, scale_by_factored_rms, scale_by_relative_step
 from optfn.optimizers.adagrad import AdagradSlots, adagrad, scale_by_adagrad
 from optfn.optimizers.adam import AdamSlots, adam, adamw, scale_by_adam
 from optfn.optimizers.adamax import AdamaxSlots, adamax, scale_by_adamax
 from optfn.optimizers.asgd import AsgdSlots, asgd, scale_by_asgd
+from optfn.optimizers.lbfgs import LbfgsState, lbfgs
 from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
 from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
@@ -65,8 +67,10 @@ __all__ = [
     "FactoredSlots",
     "GradientTransformation",
     "InjectHyperparamsState",
+    "LbfgsState",
     "LeafwiseState",
     "MaskedState",
+    "MinimizeResult",
     "MuonSlots",
     "NAdamSlots",
     "PartitionState",
@@ -105,10 +109,12 @@ __all__ = [
     "interop",
     "is_elementwise",
     "join_schedules",
+    "lbfgs",
     "leafwise",
     "linear_schedule",
     "masked",
     "maximize",
+    "minimize",
     "muon",
     "nadam",
     "named_chain",

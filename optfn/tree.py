@@ -32,6 +32,7 @@ __all__ = [
     "subtrees",
     "to_flat_dict",
     "unflatten",
+    "value_and_grad",
 ]
 
 NAMESPACE = "optfn"
@@ -229,6 +230,35 @@ def global_norm(tree: Any, order: float = 2.0) -> Tensor:
         tensor(5.)
     """
     return numerics.global_norm(leaves(tree), order)
+
+
+def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, Any]]:
+    """The function that gives the value of ``fun`` and its gradient, a tree like its argument, None where that is None.
+
+    It is :func:`torch.func.grad_and_value` with the value first, for every tree that this library takes.
+
+    Args:
+        fun: a function of one tree of tensors, to a 0-dim tensor.
+
+    Example:
+        >>> value_and_grad(lambda params: params["w"].square().sum())({"w": torch.tensor([3.0, 4.0]), "b": None})
+        (tensor(25.), {'w': tensor([6., 8.]), 'b': None})
+    """
+
+    def both(tree: Any) -> tuple[Tensor, Any]:
+        found, spec = flatten(tree)
+        places = [i for i, x in enumerate(found) if x is not None]
+
+        def rebuilt(present: list[Any]) -> Any:
+            filled: list[Any] = [None] * len(found)
+            for i, x in zip(places, present, strict=True):
+                filled[i] = x
+            return unflatten(spec, filled)
+
+        grads, value = torch.func.grad_and_value(lambda present: fun(rebuilt(present)))(leaves(tree))
+        return value, rebuilt(grads)
+
+    return both
 
 
 def cast(tree: Any, dtype: torch.dtype | None) -> Any:

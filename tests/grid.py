@@ -108,6 +108,8 @@ def matrices(tx: GradientTransformation) -> GradientTransformation:
     """On what is a matrix; the updates of the rest pass."""
     return optfn.masked(tx, lambda path, p: p.ndim == 2)
 
+ONE_VECTOR = {
+    "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
 
 ROWS = [
     # Aliases
@@ -169,6 +171,8 @@ ROWS = [
         lambda h: matrices(optfn.muon(0.1, h, adjust_lr_fn="match_rms_adamw", ns_dtype=None, maximize=True)),
         but={"complex": NO_COMPLEX},
     ),
+    Row("lbfgs", optfn.lbfgs, but=ONE_VECTOR),
+    Row("lbfgs.history", lambda h: optfn.lbfgs(optfn.linear_schedule(h, 0.01, 10), history_size=2), but=ONE_VECTOR),
     # Blocks
     Row("scale_by_adadelta", lambda h: optfn.scale_by_adadelta(eps=h)),
     Row("scale_by_adamax", lambda h: optfn.scale_by_adamax(h), 0.9),

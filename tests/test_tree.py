@@ -447,3 +447,25 @@ def test_set_refuses_another_shape_but_takes_a_batch_of_scalars() -> None:
         tree.set(state, mu={"w": torch.ones(5)})
     swept = tree.set(optfn.inject_hyperparams(optfn.sgd)(lr=0.1).init(params), lr=torch.tensor([0.1, 0.2]))
     assert tree.get(swept, "lr").shape == (2,)
+
+
+def test_value_and_grad_of_any_tree() -> None:
+    class Pair(NamedTuple):
+        a: Any
+        b: Any
+
+    def fun(x: Any) -> torch.Tensor:
+        assert x.b["gone"] is None
+        return (x.a[0].square() * x.b["w"]).sum()
+
+    a, w = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    value, grads = tree.value_and_grad(fun)(Pair([a], {"w": w, "gone": None, "unused": a}))
+    assert value == 19
+    assert tree.flatten(grads)[1] == tree.flatten(Pair([a], {"w": w, "gone": None, "unused": a}))[1]
+    assert torch.equal(grads.a[0], 2 * a * w)
+    assert torch.equal(grads.b["w"], a.square())
+    assert torch.equal(grads.b["unused"], torch.zeros(2))
+    assert grads.b["gone"] is None
+    z = torch.tensor(3 + 4j, requires_grad=True)
+    torch.autograd.backward(z.abs().square())
+    assert torch.equal(tree.value_and_grad(lambda z: z.abs().square())(z.detach())[1], z.grad)  # torch's convention

@@ -1,0 +1,175 @@
+"""The loop around a transformation: minimize a function, and say why it ended."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optfn import tree
+from optfn.core import GradientTransformation, apply_updates
+from optfn.numerics import as_real
+
+__all__ = ["MinimizeResult", "minimize"]
+
+
+Reason: TypeAlias = Literal["gradient", "change", "max_steps", "max_evals", "nonfinite"]
+
+
+class MinimizeResult(NamedTuple):
+    """What :func:`minimize` ends with; all of it belongs to the one point ``params``.
+
+    Attributes:
+        params: the last point at which value and gradient were finite.
+        state: the transformation's, to go on with: ``minimize(fun, result.params, tx, state=result.state)``.
+        value: of the function there, 0-dim.
+        grad_norm: the largest entry of the gradient there, by absolute value, 0-dim.
+        steps: how many updates led there.
+        evals: how often the function was evaluated in all.
+        reason: why it ended there:
+
+            - ``"gradient"``: ``grad_norm`` is at most ``tolerance_grad``;
+            - ``"change"``: the last update changed no parameter by more than ``tolerance_change``, or the value by less than that;
+            - ``"max_steps"``, ``"max_evals"``: as many as allowed;
+            - ``"nonfinite"``: value or gradient are not finite at the next point (or at the first one, which is returned then).
+    """
+
+    params: Any
+    state: Any
+    value: Tensor
+    grad_norm: Tensor
+    steps: int
+    evals: int
+    reason: Reason
+
+
+def minimize(
+    fun: Callable[[Any], Any],
+    params: Any,
+    tx: GradientTransformation,
+    *,
+    state: Any = None,
+    max_steps: int = 1000,
+    max_evals: int | None = None,
+    tolerance_grad: float | None = 1e-7,
+    tolerance_change: float | None = 1e-9,
+    value_and_grad: bool = False,
+) -> MinimizeResult:
+    """Update parameters until a function of them has a minimum, or there is another reason to stop.
+
+    Each update is given ``value``, ``grad``, ``value_fn``, ``value_and_grad_fn`` and, with ``max_evals``, what is left of it: what
+    line searches need (see :func:`lbfgs`). Where a search has evaluated the point that it chose, this evaluation is used. With
+    ``lbfgs`` the loop is that of ``torch.optim.LBFGS.step``, its tolerances are torch's, and torch's ``max_iter`` and ``max_eval``
+    are ``max_steps`` and ``max_evals``.
+
+    ``lbfgs`` has tolerances of its own, at which its updates are 0: to go on to the last digit,
+    ``tolerance_change=0.0`` in both.
+
+    The loop is Python's, and waits for the values of every step; a function that is slow may be compiled. Nothing is recorded for
+    autograd, and the arguments are left as they are.
+
+    Args:
+        fun: ``fun(params) -> value``, a 0-dim tensor; it is differentiated by :func:`torch.func.grad`.
+        params: a tree of tensors to start from.
+        tx: any transformation.
+        state: its state; by default a new one.
+        max_steps: updates at most, at least 0.
+        max_evals: evaluations of ``fun`` after which no update begins, at least 0; None for any number.
+        tolerance_grad: in the units of the gradient, at least 0; None for no such test.
+        tolerance_change: in the units of the parameters, and of the value, at least 0; None for no such test (a transformation
+            that only gathers at some steps, as :func:`accumulate` does, changes nothing at others).
+        value_and_grad: whether ``fun`` returns ``(value, grads)`` instead, grads a tree in the structure of params, None for a leaf
+            without one.
+
+    Returns:
+        A :class:`MinimizeResult`: the last point, the transformation's state there, and the reason to stop.
+
+    Raises:
+        ValueError: a limit or a tolerance is negative; the value is no 0-dim tensor.
+
+    Example:
+        >>> def rosenbrock(x):
+        ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+        >>> start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+        >>> result = minimize(rosenbrock, start, optfn.lbfgs(line_search_fn="strong_wolfe"))
+        >>> result.params, result.reason, result.evals
+        (tensor([1.0000, 1.0000], dtype=torch.float64), 'change', 43)
+    """
+    steps_and_evals = {"max_steps": max_steps, "max_evals": max_evals}
+    tolerances = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
+    for name, limit in {**steps_and_evals, **tolerances}.items():
+        if limit is not None and not limit >= 0:
+            raise ValueError(f"{name} must be >= 0, got {limit}")
+    evaluate = _Evaluations(fun if value_and_grad else tree.value_and_grad(fun))
+
+    def reason_to_stop(steps: int, size: float, moved: float, gained: float) -> Reason | None:
+        if tolerance_grad is not None and size <= tolerance_grad:
+            return "gradient"
+        if tolerance_change is not None and (moved <= tolerance_change or gained < tolerance_change):
+            return "change"
+        if steps >= max_steps:
+            return "max_steps"
+        return "max_evals" if max_evals is not None and evaluate.count >= max_evals else None
+
+    with torch.no_grad():
+        params = tree.map(Tensor.detach, params)
+        state = tx.init(params) if state is None else state
+        value, grads = evaluate.at(params)
+        norm, steps = _largest(grads, value), 0
+        f, size = _numbers(value, norm)
+        reason = reason_to_stop(0, size, math.inf, math.inf) if math.isfinite(f + size) else "nonfinite"
+        while reason is None:
+            extra: dict[str, Any] = {} if max_evals is None else {"max_evals": max_evals - evaluate.count}
+            extra |= {"value": value, "grad": grads, "value_fn": evaluate.value, "value_and_grad_fn": evaluate}
+            updates, new_state = tx.update(grads, state, params, **extra)
+            new_params = apply_updates(params, updates)
+            new_value, new_grads = evaluate.at(new_params)
+            new_norm = _largest(new_grads, value)
+            new_f, size, moved = _numbers(new_value, new_norm, _largest(updates, value))
+            if not math.isfinite(new_f + size):
+                reason = "nonfinite"
+                break
+            params, state, value, grads, norm, steps = new_params, new_state, new_value, new_grads, new_norm, steps + 1
+            reason = reason_to_stop(steps, size, moved, abs(new_f - f))
+            f = new_f
+    return MinimizeResult(params, state, value, norm, steps, evaluate.count, reason)
+
+
+class _Evaluations:
+    """A function that counts, and remembers the points that it was asked for since the last step."""
+
+    def __init__(self, fun: Callable[[Any], tuple[Any, Any]]) -> None:
+        self.fun = fun
+        self.count = 0
+        self.seen: list[tuple[Any, Tensor, Any]] = []
+
+    def __call__(self, params: Any) -> tuple[Tensor, Any]:
+        self.count += 1
+        with torch.enable_grad():
+            value, grads = self.fun(params)
+        value = torch.as_tensor(value).detach()
+        if value.ndim:
+            raise ValueError(f"minimize: the value must be a 0-dim tensor, got shape {tuple(value.shape)}")
+        self.seen.append((params, value, tree.map(Tensor.detach, grads)))
+        return self.seen[-1][1:]
+
+    def value(self, params: Any) -> Tensor:
+        return self(params)[0]
+
+    def at(self, params: Any) -> tuple[Tensor, Any]:
+        """Value and gradients at the point that the next step begins at: what a search has found there, or a new evaluation."""
+        found = next((point for point in self.seen if all(map(torch.equal, tree.leaves(point[0]), tree.leaves(params)))), None)
+        value, grads = found[1:] if found else self(params)
+        self.seen = [(params, value, grads)]
+        return value, grads
+
+
+def _largest(of: Any, like: Tensor) -> Tensor:
+    """The largest entry by absolute value, of real and imaginary part if it is complex; 0 if there is none, NaN if one is NaN."""
+    sizes = [as_real(x.to_dense()).abs().amax().to(like) for x in tree.leaves(of) if x.numel()]
+    return torch.stack(sizes).amax() if sizes else torch.zeros_like(like)
+
+
+def _numbers(*tensors: Tensor) -> list[float]:
+    return torch.stack([x.to(tensors[0]) for x in tensors]).tolist()

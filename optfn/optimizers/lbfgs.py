@@ -1,0 +1,328 @@
+"""L-BFGS, with a fixed step or a strong-Wolfe line search."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optfn import tree
+from optfn.checks import number, require, scalar_or_schedule
+from optfn.core import GradientTransformation, apply_updates, transformation
+from optfn.leafwise import leafwise, stateless_with_tree_map
+from optfn.numerics import Scalar, as_complex, as_real, compute_dtype, real_dtype
+from optfn.schedules import ScalarOrSchedule, as_time
+
+__all__ = ["LbfgsState", "lbfgs"]
+
+CURVATURE = 1e-10  # torch keeps a pair whose y's is above this
+MAX_LS = 25  # and its line search evaluates this often
+C1, C2 = 1e-4, 0.9  # sufficient decrease and curvature: the constants that Nocedal and Wright give for quasi-Newton methods
+
+
+_Point: TypeAlias = tuple[float, float, float]
+"""Of a line search: the step, and value and slope there."""
+
+
+class _NoSlots(NamedTuple):
+    """What is kept of a leaf by itself."""
+
+
+class LbfgsState(NamedTuple):
+    r"""The state of :func:`lbfgs`: all leaves as one vector of n entries, in the order of :func:`optfn.tree.flatten`.
+
+    Its dtype is the widest of the leaves', float32 at least; a complex entry is two.
+
+    Attributes:
+        n_iter: iterations so far, a 0-dim int64 tensor.
+        pairs: pairs kept so far, a 0-dim int64 tensor; the newest is in row ``(pairs - 1) % m``.
+        last_grad: the gradient of the last iteration, n entries.
+        last_step: what the last iteration added to the parameters, n entries; where the slope stopped it, as in torch, what
+            it would have added.
+        s: the last m steps, m rows of n entries; zeros where there is none yet.
+        y: the changes of the gradient over them, as ``s``.
+        products: :math:`s_i^\top y_j` of each pair with itself and with the newer ones, m rows of m entries; the identity
+            where there are none yet.
+        gamma: the scale of the first approximation of the inverse Hessian, 0-dim.
+    """
+
+    n_iter: Tensor
+    pairs: Tensor
+    last_grad: Tensor
+    last_step: Tensor
+    s: Tensor
+    y: Tensor
+    products: Tensor
+    gamma: Tensor
+
+
+def lbfgs(
+    lr: ScalarOrSchedule = 1.0,
+    *,
+    tolerance_grad: Scalar = 1e-7,
+    tolerance_change: Scalar = 1e-9,
+    history_size: int = 100,
+    line_search_fn: Literal["strong_wolfe"] | None = None,
+    max_ls: int | None = None,
+) -> GradientTransformation:
+    r"""Limited-memory BFGS: :class:`torch.optim.LBFGS`, one of its iterations an update.
+
+    With :math:`s_i` the last :math:`m` steps and :math:`y_i` the changes of the gradient over them, oldest first,
+
+    .. math::
+        &q = -g_k; \quad \text{newest to oldest:} \quad
+            \alpha_i = s_i^\top q / y_i^\top s_i, \quad q \leftarrow q - \alpha_i y_i \\
+        &d = \gamma_k q; \quad \text{oldest to newest:} \quad
+            d \leftarrow d + s_i (\alpha_i - y_i^\top d / y_i^\top s_i) \\
+        &p_{k+1} = p_k + t_k d_k, \qquad \gamma_k = y_{k-1}^\top s_{k-1} / y_{k-1}^\top y_{k-1}
+
+    A pair is kept if :math:`y^\top s > 10^{-10}`. The step :math:`t_k` is the learning rate :math:`\eta`, the first one
+    :math:`\eta \min(1, 1 / \|g\|_1)`; with a line search it is where the search begins.
+
+    The two loops are two triangular systems in the products :math:`s_i^\top y_j`, and are solved as such, for all
+    pairs at once: a step is five products of a matrix with a vector, whatever :math:`m` is. As nothing is changed in place,
+    it also writes the history anew.
+
+    :func:`minimize` is the loop around it: ``minimize(fun, params, lbfgs(), max_steps=20, max_evals=25)`` is one
+    ``torch.optim.LBFGS.step(closure)``, and the state that it returns goes into the next. In a loop of your own, updates
+    become 0 where torch's step stops: where every entry of the gradient is within ``tolerance_grad`` of 0 (the state stays too),
+    and where the slope :math:`g^\top d` is above ``-tolerance_change``.
+
+    Without a line search tensors decide everything: a step compiles to one graph, batches and differentiates. With one it runs
+    eagerly, as the number of evaluations depends on their values: the search is Python's control flow on numbers, which
+    ``torch.compile(fullgraph=True)`` and ``vmap`` refuse. What it evaluates may be compiled.
+
+    A line search needs ``params``, ``value`` and a function in every update, given by name: ``update(grads, state, params,
+    value=..., value_fn=...)``. Extra arguments that it reads:
+
+    - ``value``: of the function at ``params``.
+    - ``value_fn(params) -> value``, or ``value_and_grad_fn(params) -> (value, grads)``.
+    - ``grad``: the gradient of ``value``, if what is passed as updates is another, changed by an earlier link of a chain.
+    - ``max_evals``: a bound as ``max_ls`` is, for this update.
+
+    Its steps are what the next iteration remembers, so nothing after it in a chain may change them.
+
+    Args:
+        lr: :math:`\eta \ge 0`, a number, a 0-dim tensor or a schedule of the iterations.
+        tolerance_grad: in the units of the gradient, at least 0.
+        tolerance_change: in the units of the value, for the slope; in those of the parameters, for the interval that
+            a line search still divides; at least 0.
+        history_size: :math:`m \ge 1`. The state has :math:`2 m` times the size of the parameters.
+        line_search_fn: None or ``"strong_wolfe"``.
+        max_ls: evaluations that a line search may make after its first, at least 1; None makes it ``max_evals`` where that is
+            given, as in torch, else 25.
+
+    All leaves are one vector, on one device. As in torch a None gradient counts as zeros (so its parameter may move, by what
+    is remembered), a complex entry as its real and imaginary part, and a sparse gradient is made dense. Half-precision leaves are
+    float32 in the state. A trial point of the search with a value that is not finite counts as too far; torch may take it.
+
+    Raises:
+        TypeError: from ``init`` and ``update``: a leaf that is no floating-point tensor; what a line search needs is missing.
+        ValueError: an argument out of range; from ``update``: another structure or shape than that of the params, leaves on
+            several devices.
+
+    Reference:
+        Nocedal and Wright, Numerical Optimization, 2nd edition, 2006, algorithm 7.4 (two loops), algorithms 3.5 and 3.6 (line
+        search), equation 3.59 (cubic interpolation); Byrd, Nocedal and Schnabel, `Representations of quasi-Newton
+        matrices <https://doi.org/10.1007/BF01582063>`_, 1994 (triangular form).
+
+    Example:
+        >>> tx, params = lbfgs(), {"w": torch.tensor([1.0, -1.0])}
+        >>> state = tx.init(params)
+        >>> for _ in range(10):
+        ...     grads = {"w": torch.tensor([2.0, 0.5]) * params["w"]}
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optfn.apply_updates(params, updates)
+        >>> params["w"].abs().max() < 1e-4
+        tensor(True)
+    """
+    rate: Any = scalar_or_schedule("lr", lr, at_least=0)
+    flat_enough = number("tolerance_grad", tolerance_grad, at_least=0)
+    too_small = number("tolerance_change", tolerance_change, at_least=0)
+    if line_search_fn not in (None, "strong_wolfe"):
+        raise ValueError(f"line_search_fn must be None or 'strong_wolfe', got {line_search_fn!r}")
+    for name, count in (("history_size", history_size), ("max_ls", max_ls)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")
+
+    # Rules that do nothing: what the lift checks of params and gradients is checked of these.
+    params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots))
+    grads_checked = stateless_with_tree_map(lambda g, p: g, elementwise=False, sparse="dense")
+
+    def gathered(grads: Any, params: Any) -> tuple[list[Tensor | None], Any]:
+        """The gradients of all leaves, zeros for one that is None, and their structure."""
+        found, spec = tree.flatten(grads_checked.update(grads, (), params)[0])
+        owners = found if params is None else tree.match(spec, params, "params", "updates")
+        return [torch.zeros_like(p) if g is None and p is not None else g for g, p in zip(found, owners, strict=True)], spec
+
+    def init(params: Any) -> LbfgsState:
+        params_checked.init(params)
+        zero = torch.zeros_like(_ravel(tree.leaves(params)))
+        history = zero.new_zeros(history_size, len(zero))
+        count = torch.zeros((), dtype=torch.int64, device=zero.device)
+        products = torch.eye(history_size, dtype=zero.dtype, device=zero.device)
+        return LbfgsState(count, count.clone(), zero, zero.clone(), history, history.clone(), products, zero.new_ones(()))
+
+    def update(
+        updates: Any,
+        state: LbfgsState,
+        params: Any = None,
+        *,
+        value: Any = None,
+        grad: Any = None,
+        value_fn: Any = None,
+        value_and_grad_fn: Any = None,
+        max_evals: int | None = None,
+        **extra: Any,
+    ) -> tuple[Any, LbfgsState]:
+        grads, spec = gathered(updates, params)
+        g = _ravel(grads, state.last_grad)
+
+        # The last step becomes a pair, in place of the oldest one. At an optimum nothing is kept.
+        active = ~(g.abs() <= flat_enough).all()
+        y = g - state.last_grad
+        ys, yy = y.dot(state.last_step), y.dot(y)
+        keep = active & (ys > CURVATURE)
+        rows = torch.arange(history_size, device=g.device)
+        newest = keep & (rows == state.pairs % history_size)
+        s_all = torch.where(newest[:, None], state.last_step, state.s)
+        y_all = torch.where(newest[:, None], y, state.y)
+        products = torch.where(newest, (s_all @ y)[:, None], state.products)
+        gamma = torch.where(keep, ys / torch.where(keep, yy, 1), state.gamma)
+        pairs = state.pairs + keep
+
+        d = _direction(g, s_all, y_all, products, gamma, pairs)
+        slope = g.dot(d)
+        moves = active & ~(slope > -too_small)
+        eta: Any = rate(as_time(state.n_iter)) if callable(rate) else rate
+        t: Any = torch.where(state.n_iter == 0, 1 / g.abs().sum().clamp_min(1), 1) * eta
+
+        if line_search_fn is not None:
+            require("lbfgs", params=params, value=value, value_fn=value_and_grad_fn or value_fn)
+            evaluate = value_and_grad_fn or tree.value_and_grad(value_fn)
+            limits = [n for n in (max_ls, max_evals) if n is not None] or [MAX_LS]
+            with torch.no_grad():
+
+                def along(t: float) -> tuple[float, float]:
+                    point = apply_updates(params, tree.unflatten(spec, _unravel(t * d, grads)))
+                    with torch.enable_grad():
+                        f, df = evaluate(point)
+                    return float(f), float(_ravel(gathered(df, params)[0], g).dot(d))
+
+                if moves.item():
+                    start = 0.0, float(value), float(slope if grad is None else _ravel(gathered(grad, params)[0], g).dot(d))
+                    t = _strong_wolfe(along, float(t), start, float(too_small / d.abs().max()), min(limits))
+
+        step = t * d
+        last = torch.where(active, g, state.last_grad), torch.where(active, step, state.last_step)
+        step = torch.where(moves, step, 0)
+        new = LbfgsState(state.n_iter + active, pairs, *last, s_all, y_all, products, gamma)
+        return tree.unflatten(spec, _unravel(step, grads)), new
+
+    return transformation(init, update)
+
+
+def _direction(g: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Tensor, pairs: Tensor) -> Tensor:
+    """The two loops. A pair that is not there yet is zeros, with a product of 1, and adds nothing.
+
+    R is the upper triangle of the products, oldest pair first. The first loop is R a = -S g, the second, with b its quotients
+    and c = a - b, is R'c = D a - Y q, where D is the diagonal of R.
+    """
+    rows = torch.arange(len(products), device=g.device)
+    oldest_first, back = (rows + pairs) % len(products), (rows - pairs) % len(products)
+    r = products[oldest_first][:, oldest_first].triu()
+    a = torch.linalg.solve_triangular(r, -(s @ g)[oldest_first, None], upper=True)
+    q = gamma * (-g - a[back, 0] @ y)
+    c = torch.linalg.solve_triangular(r.mT, r.diagonal()[:, None] * a - (y @ q)[oldest_first, None], upper=False)
+    return q + c[back, 0] @ s
+
+
+def _strong_wolfe(along: Callable[[float], tuple[float, float]], t: float, start: _Point, shortest: float, max_ls: int) -> float:
+    """The step at which the search ends. ``along(t)`` gives value and slope; a bracket that is ``shortest`` is not divided."""
+    _, f0, slope0 = start
+
+    def trial(t: float) -> _Point:
+        f, slope = along(t)
+        return t, f if math.isfinite(f) else math.inf, slope
+
+    def too_high(point: _Point) -> bool:
+        return point[1] > f0 + C1 * point[0] * slope0
+
+    def is_flat(point: _Point) -> bool:
+        return abs(point[2]) <= -C2 * slope0
+
+    # Longer and longer steps, until there is a minimum between two of them.
+    before, point, trials = start, trial(t), 0
+    while trials < max_ls:
+        if too_high(point) or (trials > 1 and point[1] >= before[1]):
+            break
+        if is_flat(point):
+            return point[0]
+        if point[2] >= 0:
+            break
+        longer = _cubic(before, point, (point[0] + 0.01 * (point[0] - before[0]), 10 * point[0]))
+        before, point, trials = point, trial(longer), trials + 1
+    else:
+        before = start
+
+    # The bracket is divided, its lower end kept. Which of two equal ends is the lower one goes by their places, as in torch.
+    bracket, stuck = [before, point], False
+    low = 0 if before[1] <= point[1] else 1
+    while trials < max_ls:
+        left, right = sorted((bracket[0][0], bracket[1][0]))
+        if right - left < shortest:
+            break
+        t, margin = _cubic(bracket[0], bracket[1], (left, right)), 0.1 * (right - left)
+        # A trial near an end is moved inside where it is at the end, or where the last one was near an end too.
+        near = min(right - t, t - left) < margin
+        if near and (stuck or t >= right or t <= left):
+            t, near = (right - margin if abs(t - right) < abs(t - left) else left + margin), False
+        stuck = near
+        point, trials = trial(t), trials + 1
+        if too_high(point) or point[1] >= bracket[low][1]:
+            bracket[1 - low] = point
+            low = 0 if bracket[0][1] <= bracket[1][1] else 1
+        elif is_flat(point):
+            return point[0]
+        else:
+            if point[2] * (bracket[1 - low][0] - bracket[low][0]) >= 0:
+                bracket[1 - low] = bracket[low]
+            bracket[low] = point
+    return bracket[low][0]
+
+
+def _cubic(a: _Point, b: _Point, bounds: tuple[float, float]) -> float:
+    """The minimum within bounds of the cubic through two points with these slopes; the middle where it has none."""
+    (x1, f1, g1), (x2, f2, g2) = sorted((a, b), key=lambda point: point[0])
+    d1 = g1 + g2 - 3 * (f1 - f2) / (x1 - x2) if x1 != x2 else math.nan
+    square = d1 * d1 - g1 * g2
+    if 0 <= square < math.inf and (curvature := g2 - g1 + 2 * math.sqrt(square)) != 0:
+        return min(max(x2 - (x2 - x1) * ((g2 + math.sqrt(square) - d1) / curvature), bounds[0]), bounds[1])
+    return (bounds[0] + bounds[1]) / 2
+
+
+def _ravel(tensors: list[Any], like: Tensor | None = None) -> Tensor:
+    """All entries of the tensors that there are, as one vector, with the dtype and the length of ``like`` if it is given."""
+    found = [x for x in tensors if x is not None]
+    dtype = real_dtype(compute_dtype(*found)) if like is None else like.dtype
+    if len({x.device for x in found}) > 1:
+        raise ValueError(f"lbfgs: the leaves must be on one device, got {', '.join(sorted({str(x.device) for x in found}))}")
+    vector = torch.cat([as_real(x).reshape(-1).to(dtype) for x in found]) if found else torch.zeros(0, dtype=dtype)
+    if like is not None and vector.shape != like.shape:
+        raise ValueError(
+            f"lbfgs: the updates have {len(vector)} entries, the state is of {len(like)}; where some are None pass the params too"
+        )
+    return vector
+
+
+def _unravel(vector: Tensor, likes: list[Tensor | None]) -> list[Tensor | None]:
+    """The vector taken apart, in tensors like these that share no memory with it."""
+    views = [None if x is None else as_real(x) for x in likes]
+    parts = iter(vector.split([x.numel() for x in views if x is not None]))
+
+    def part(like: Tensor, view: Tensor) -> Tensor:
+        x = next(parts).to(view.dtype, copy=True).reshape(view.shape)
+        return as_complex(x) if like.is_complex() else x
+
+    return [None if x is None or view is None else part(x, view) for x, view in zip(likes, views, strict=True)]
