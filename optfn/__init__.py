@@ -39,6 +39,7 @@ from optfn.schedules import (
 from optfn.transforms.clipping import clip, clip_by_block_rms, clip_by_global_norm
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import TraceSlots, trace
+from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from optfn.transforms.scaling import (
     ScaleByLearningRateState,
     ScaleByScheduleState,
@@ -65,6 +66,7 @@ __all__ = [
     "LeafwiseState",
     "MaskedState",
     "PartitionState",
+    "ReduceOnPlateauState",
     "RmsSlots",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
@@ -110,6 +112,7 @@ __all__ = [
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
+    "reduce_on_plateau",
     "rmsprop",
     "scale",
     "scale_by_adagrad",

@@ -31,6 +31,7 @@ class Row:
         in_state: the hyperparameter's name, if it lives in the state rather than in the pair.
         wide: the parameter-shaped parts of the state that have a dtype of their own for half-precision parameters, and which.
         sparse: the gradients are handed over as sparse COO tensors.
+        extra: arguments that every update needs by name.
         but: the cells that are not green.
     """
 
@@ -41,6 +42,7 @@ class Row:
     in_state: str | None = None
     wide: Mapping[str, torch.dtype] = field(default_factory=dict)
     sparse: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
     but: Mapping[str, Declared] = field(default_factory=dict)
 
     def build(self, h: Any = None) -> GradientTransformation:
@@ -149,6 +151,9 @@ ROWS = [
     Row("clip", optfn.clip, 0.7),
     Row("clip_by_global_norm", optfn.clip_by_global_norm, 0.7),
     Row("clip_by_block_rms", optfn.clip_by_block_rms, 0.7),
+    # The first metric improves on none, the others not on it.
+    Row("reduce_on_plateau", lambda h: optfn.reduce_on_plateau(h, 1), 0.7, extra={"value": 1.0}),
+    Row("reduce_on_plateau.max", lambda h: optfn.reduce_on_plateau(0.5, 1, min_scale=h, mode="max"), 0.7, extra={"value": 1.0}),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
