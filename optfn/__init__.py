@@ -36,7 +36,7 @@ from optfn.schedules import (
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
 )
-from optfn.transforms.clipping import clip, clip_by_block_rms, clip_by_global_norm
+from optfn.transforms.clipping import ClipByGlobalNormState, clip, clip_by_block_rms, clip_by_global_norm
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import TraceSlots, trace
 from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
@@ -60,6 +60,7 @@ __all__ = [
     "AdagradSlots",
     "AdamSlots",
     "ApplyIfFiniteState",
+    "ClipByGlobalNormState",
     "EmaParamsState",
     "GradientTransformation",
     "InjectHyperparamsState",
