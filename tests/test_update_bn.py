@@ -98,7 +98,7 @@ def test_the_average_of_a_training_run():
             updates, state = tx.update(grads, state, params)
             params = optfn.apply_updates(params, updates)
     average = optfn.tree.get(state, "average")
-    buffers = update_bn(batches, model, average)
+    buffers = update_bn(batches, model, average, buffers)
     found = torch.func.functional_call(model.eval(), (average, buffers), batches[0])
     torch.testing.assert_close(found, averaged.eval()(batches[0]), rtol=0, atol=1e-12)
 
