@@ -118,14 +118,16 @@ def lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
 def norm(x: Tensor, order: float = 2.0) -> Tensor:
     """The vector norm of all entries of one tensor, in float32 or wider; a sparse tensor counts its sum of entries once.
 
-    Its derivative at zero is 0, forward and backward.
+    Its derivative at zero is 0, forward and backward. The largest entry (order inf) of an empty tensor is 0.
 
     Example:
         >>> norm(torch.tensor([3.0, 4.0], dtype=torch.bfloat16))
         tensor(5.)
     """
     if x.layout == torch.sparse_coo:
-        x = x.coalesce().values()
+        x = x.to_dense() if order < 0 else x.coalesce().values()  # entries that are not there are the smallest
+    if order == math.inf and x.numel() == 0:
+        return torch.zeros((), dtype=real_dtype(compute_dtype(x)), device=x.device)
     return torch.linalg.vector_norm(x, order, dtype=compute_dtype(x))
 
 
@@ -141,6 +143,8 @@ def rms(x: Tensor) -> Tensor:
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """The vector norm of all entries of all tensors: the norm of the stacked norms, in the widest of their dtypes.
+
+    Of order 0 this is the number of tensors that are not all zero, as in torch's ``clip_grad_norm_``.
 
     Example:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])

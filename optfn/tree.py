@@ -223,7 +223,8 @@ def global_norm(tree: Any, order: float = 2.0) -> Tensor:
 
     Args:
         tree: tensors of any shape, dense or sparse, real or complex; None counts for nothing.
-        order: :math:`p`, any number that :func:`torch.linalg.vector_norm` takes.
+        order: :math:`p`, any number that :func:`torch.linalg.vector_norm` takes; 0 counts the tensors that are not all zero, as
+            :func:`torch.nn.utils.get_total_norm` does.
 
     Example:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})

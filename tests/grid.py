@@ -32,6 +32,7 @@ class Row:
         wide: the parameter-shaped parts of the state that have a dtype of their own for half-precision parameters, and which.
         sparse: the gradients are handed over as sparse COO tensors.
         steps: how many it takes to show all that it does.
+        extra: arguments that every update needs by name.
         but: the cells that are not green.
     """
 
@@ -43,6 +44,7 @@ class Row:
     wide: Mapping[str, torch.dtype] = field(default_factory=dict)
     sparse: bool = False
     steps: int = 3
+    extra: Mapping[str, Any] = field(default_factory=dict)
     but: Mapping[str, Declared] = field(default_factory=dict)
 
     def build(self, h: Any = None) -> GradientTransformation:
@@ -91,6 +93,7 @@ NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depend
 AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
 AS_IT_IS = Declared("a function of whole trees is handed half-precision leaves as they are", AssertionError, "are not equal")
+ABSOLUTE = Declared("a norm of an order other than 2 is of the absolute values, as torch's", AssertionError, "are not close")
 NO_BATCH = Declared("torch has no batched sparse tensors", NotImplementedError, "'SparseCPU' backend")
 NO_COMPLEX = Declared("it refuses complex parameters, as torch does", TypeError, "'a' is complex, which scale_by_.* does not take")
 
@@ -108,8 +111,10 @@ def matrices(tx: GradientTransformation) -> GradientTransformation:
     """On what is a matrix; the updates of the rest pass."""
     return optfn.masked(tx, lambda path, p: p.ndim == 2)
 
+
 ONE_VECTOR = {
     "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
+}
 
 ROWS = [
     # Aliases
@@ -223,7 +228,17 @@ ROWS = [
     Row("add_decayed_weights.mask", lambda h: optfn.add_decayed_weights(h, mask=pairs)),
     Row("clip", optfn.clip, 0.7),
     Row("clip_by_global_norm", optfn.clip_by_global_norm, 0.7),
+    Row(
+        "clip_by_global_norm.inf",
+        lambda h: optfn.clip_by_global_norm(h, eps=1e-6, order=float("inf"), keep_norm=True),
+        0.3,
+        but={"complex": ABSOLUTE},
+    ),
+    Row("clip_by_global_norm.root", lambda h: optfn.clip_by_global_norm(h, order=0.5), 0.7, but={"complex": ABSOLUTE}),
     Row("clip_by_block_rms", optfn.clip_by_block_rms, 0.7),
+    # The first metric improves on none, the others not on it.
+    Row("reduce_on_plateau", lambda h: optfn.reduce_on_plateau(h, 1), 0.7, extra={"value": 1.0}),
+    Row("reduce_on_plateau.max", lambda h: optfn.reduce_on_plateau(0.5, 1, min_scale=h, mode="max"), 0.7, extra={"value": 1.0}),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
@@ -266,5 +281,10 @@ ROWS = [
     wrapper("apply_if_finite", optfn.apply_if_finite),
     wrapper("accumulate", lambda tx: optfn.accumulate(tx, 2), wide={"accumulated": torch.float32}),
     Row("ema_params", lambda h: optfn.chain(optfn.sgd(0.1), optfn.ema_params(h)), 0.9, but={"none": AVERAGED}),
+    Row(
+        "ema_params.avg_fn",
+        lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(avg_fn=lambda average, p, n: (n * average + 3 * p) / (n + 3))),
+        but={"none": AVERAGED},
+    ),
     Row("ema_params.swa", lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(None)), but={"none": AVERAGED}),
 ]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import torch
-from optax_oracle import TOLERANCE, assert_close, exact, run, run_optax, some_grads, some_params
+from optax_oracle import TOLERANCE, assert_close, counted, exact, run, run_optax, some_grads, some_params
 
 import optfn
 
@@ -180,6 +180,62 @@ def test_clip_by_global_norm_is_clip_grad_norm_to_all_digits():
     assert_close(optfn.clip_by_global_norm(0.7, eps=1e-6).update(grads, ())[0], expected, 1e-12)
 
 
+ORDERS = [2.0, 1.0, float("inf"), 0.0, 0.5, 0.1, 3.0, float("-inf"), -1.0]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e-7, 0.3, 4.0, 1e6])
+@pytest.mark.parametrize("order", ORDERS)
+def test_clip_by_global_norm_of_every_order_is_clip_grad_norm(order, max_norm):
+    grads = {name: g for name, g in mixed_grads().items() if name in ("double", "sparse", "complex", "none")}
+    grads["zero"], grads["scalar"] = torch.zeros(2, dtype=torch.float64), torch.tensor(-0.5, dtype=torch.float64)
+    expected, norm = clipped_by_torch(grads, torch.nn.utils.clip_grad_norm_, max_norm, order)
+    tx = optfn.clip_by_global_norm(max_norm, eps=1e-6, order=order, keep_norm=True)
+    ours, state = tx.update(grads, tx.init(grads))
+    assert_close(ours, expected, 1e-12)
+    assert_close(state.norm, norm.double(), 1e-12)  # what clip_grad_norm_ returns
+    without, nothing = optfn.clip_by_global_norm(max_norm, eps=1e-6, order=order).update(grads, ())
+    assert_close(without, ours, 0)
+    assert nothing == ()
+
+
+@pytest.mark.parametrize("order", ORDERS[:7])
+def test_clip_by_global_norm_takes_what_is_empty(order):
+    """torch raises an error for an empty tensor and the order inf."""
+    grads = {"empty": torch.zeros(0, 3), "rows": torch.zeros(3, 2).to_sparse(), "w": torch.tensor([3.0, 4.0])}
+    ours, _ = optfn.clip_by_global_norm(0.5, order=order).update(grads, ())
+    alone, _ = optfn.clip_by_global_norm(0.5, order=order).update({"w": grads["w"]}, ())
+    assert torch.equal(ours["w"], alone["w"])
+    assert ours["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("order", [2.0, 1.0, float("inf")])
+def test_a_norm_that_is_not_finite_is_counted(order, value):
+    """Where torch, asked for error_if_nonfinite, raises."""
+    tx = optfn.clip_by_global_norm(1.0, eps=1e-6, order=order, keep_norm=True)
+    state, raised = tx.init(some_params()), 0
+    compiled, graphs = counted(tx.update)
+    for i, g in enumerate(some_grads(6)):
+        g = {**g, "b": g["b"] * value} if i % 3 == 2 else g
+        if i % 3 == 2:
+            raised += 1
+            with pytest.raises(RuntimeError, match="non-finite"):
+                clipped_by_torch(g, torch.nn.utils.clip_grad_norm_, 1.0, order, True)
+        _, state = compiled(g, state)
+        assert state.total_notfinite.item() == raised
+        assert bool(state.norm.isfinite()) == (i % 3 != 2)
+    assert raised == 2
+    # Dynamo takes a 0-dim float64 tensor on the CPU for a number, and compiles once more where that is NaN.
+    assert len(graphs) == (2 if value != value else 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_clip_is_clip_grad_value_where_it_is_not_finite(value):
+    grads = {"w": torch.tensor([value, 0.5, -3.0], dtype=torch.float64), "half": torch.tensor([value, 2.0]).half()}
+    expected, _ = clipped_by_torch(grads, torch.nn.utils.clip_grad_value_, 1.0)
+    assert_close(optfn.clip(1.0).update(grads, ())[0], expected, 0)
+
+
 @pytest.mark.parametrize("bound", [0.0, 0.4, 10.0])
 def test_clip_is_clip_grad_value(bound):
     grads = {name: g for name, g in mixed_grads().items() if name not in ("sparse", "complex")}
@@ -271,6 +327,7 @@ ERRORS = [
     (lambda: optfn.clip(-0.1), "max_delta must be >= 0, got -0.1"),
     (lambda: optfn.clip_by_global_norm(-0.1), "max_norm must be >= 0, got -0.1"),
     (lambda: optfn.clip_by_global_norm(1.0, eps=-1.0), "eps must be >= 0, got -1.0"),
+    (lambda: optfn.clip_by_global_norm(1.0, order=float("nan")), "order must be a number, got nan"),
     (lambda: optfn.clip_by_block_rms(0.0), "threshold must be > 0, got 0.0"),
     (lambda: optfn.scale(float("nan")), "step_size must be a number, got nan"),
     (lambda: optfn.scale_by_learning_rate(-0.1), "lr must be >= 0, got -0.1"),

@@ -69,7 +69,7 @@ def dense(tensors: Any) -> Any:
 
 def step(row: Row, params: Any, grads: Any, state: Any, h: Any = None) -> tuple[Any, Any, Any]:
     """One step: the updates, the next state, the next parameters."""
-    updates, state = row.build(h).update(as_given(row, grads), state, params)
+    updates, state = row.build(h).update(as_given(row, grads), state, params, **row.extra)
     return dense(updates), state, optfn.apply_updates(params, updates)
 
 
@@ -152,7 +152,7 @@ def pure(row: Row) -> None:
         given = as_given(row, g)
         assert not memory(state) & (memory(params) | memory(given) | memory([h])), "the state shares memory with an argument"
         check = unchanged(params, given, state, h)
-        updates, new = tx.update(given, state, params)
+        updates, new = tx.update(given, state, params, **row.extra)
         check()
         check = unchanged(params, updates)
         params = optfn.apply_updates(params, updates)
@@ -185,7 +185,7 @@ def compiled(row: Row) -> tuple[list[Any], list[Any], int]:
         return results
 
     def once(p: Any, g: Any, state: Any, rate: Any) -> Any:
-        updates, state = row.build(rate).update(g, state, p)
+        updates, state = row.build(rate).update(g, state, p, **row.extra)
         return dense(updates), state, optfn.apply_updates(p, updates)
 
     return run(once), run(torch.compile(once, fullgraph=True, backend=counting)), graphs
@@ -219,7 +219,7 @@ def vmap(row: Row) -> None:
     state = torch.vmap(tx.init)(params)
     p, updates = params, []
     for g in grads:
-        u, state = torch.vmap(lambda g, s, p: tx.update(as_given(row, g), s, p))(g, state, p)
+        u, state = torch.vmap(lambda g, s, p: tx.update(as_given(row, g), s, p, **row.extra))(g, state, p)
         p = torch.vmap(optfn.apply_updates)(p, u)
         updates.append(u)
     assert_same((updates, state), expected, rtol=1e-14, atol=1e-15)
@@ -446,7 +446,7 @@ def traceable(row: Row) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any,
         return params, as_given(row, grads[0]), state, h
 
     def once(p: Any, g: Any, state: Any, rate: Any) -> Any:
-        updates, state = row.build(rate).update(g, state, p)
+        updates, state = row.build(rate).update(g, state, p, **row.extra)
         return dense(updates), state, optfn.apply_updates(p, updates)
 
     return once, arguments(0, 1.0), arguments(1, 0.9)
@@ -493,8 +493,8 @@ def extra(row: Row) -> None:
     params, grads, h = sample(row)
     tx = row.build(h)
     g, state = as_given(row, grads[0]), tx.init(params)
-    found, _ = tx.update(g, state, params, value=torch.tensor(1.0), unheard_of="of")
-    assert_same(dense(found), dense(tx.update(g, state, params)[0]))
+    found, _ = tx.update(g, state, params, **{"value": torch.tensor(1.0), **row.extra}, unheard_of="of")
+    assert_same(dense(found), dense(tx.update(g, state, params, **row.extra)[0]))
     if row.around is not None:
         seen: list[Any] = []
 

@@ -227,6 +227,62 @@ def test_ema_params_averages_what_sits_out():
     assert (state.average["w"].item(), state.average["b"]) == (6.0, None)
 
 
+def drifting(average, p, n):
+    """An average whose weight falls more slowly than 1 / n, of one tensor and the number of values in it."""
+    return average + (p - average) * 3 / (n + 3)
+
+
+@pytest.mark.parametrize(
+    ("avg_fn", "ours"),
+    [
+        (None, {"decay": None}),
+        (torch.optim.swa_utils.get_swa_avg_fn(), {"decay": None}),
+        (torch.optim.swa_utils.get_ema_avg_fn(0.9), {"decay": 0.9}),
+        (torch.optim.swa_utils.get_swa_avg_fn(), {"avg_fn": torch.optim.swa_utils.get_swa_avg_fn()}),
+        (torch.optim.swa_utils.get_ema_avg_fn(0.9), {"avg_fn": torch.optim.swa_utils.get_ema_avg_fn(0.9)}),
+        (drifting, {"avg_fn": drifting}),
+    ],
+    ids=["default", "swa", "ema", "torch's swa", "torch's ema", "own"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+def test_ema_params_is_averaged_model_with_avg_fn(avg_fn, ours, dtype):
+    params, grads = some_params(dtype), some_grads(dtype=dtype)
+    shown = torch.nn.ParameterDict(params)
+    averaged = torch.optim.swa_utils.AveragedModel(shown, avg_fn=avg_fn)
+    tx = optfn.chain(optfn.sgd(lr=0.3), optfn.ema_params(**ours))
+    state = tx.init(params)
+    compiled, graphs = counted(tx.update)
+    for g in grads:
+        updates, state = compiled(g, state, params)
+        params = optfn.apply_updates(params, updates)
+        shown.load_state_dict(params)
+        averaged.update_parameters(shown)
+        assert_close(optfn.tree.get(state, "average"), dict(averaged.module), TOLERANCE.get(dtype, 1e-12))
+    assert optfn.tree.get(state, "count") == averaged.n_averaged
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_ema_params_of_buffers_and_from_some_step_on(decay):
+    """AveragedModel with use_buffers, updated every third step: a pair of its own, given a state_dict and no updates."""
+    multi = None if decay is None else torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    model = torch.nn.BatchNorm1d(3).double()
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=multi, use_buffers=True)
+    tx, generator = optfn.ema_params(decay), torch.Generator().manual_seed(0)
+    state = tx.init(model.state_dict())
+    for step in range(12):
+        x = torch.randn(5, 3, generator=generator, dtype=torch.float64) + step
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad
+        if step > 3 and step % 3 == 0:
+            averaged.update_parameters(model)
+            now = model.state_dict()
+            _, state = tx.update(dict.fromkeys(now), state, now)
+    assert_close(state.average, averaged.module.state_dict(), 1e-12)
+
+
 # inject_hyperparams
 
 

@@ -1,18 +1,18 @@
 """Clipping: of values, of the norm of everything, of each tensor's root mean square."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optfn import tree
 from optfn.checks import number
-from optfn.core import GradientTransformation, stateless
+from optfn.core import GradientTransformation, stateless, transformation
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar, rms
+from optfn.numerics import Scalar, rms, widened_scalar
 from optfn.transforms.scaling import scale
 
-__all__ = ["clip", "clip_by_block_rms", "clip_by_global_norm"]
+__all__ = ["ClipByGlobalNormState", "clip", "clip_by_block_rms", "clip_by_global_norm"]
 
 
 def clip(max_delta: Scalar) -> GradientTransformation:
@@ -29,33 +29,68 @@ def clip(max_delta: Scalar) -> GradientTransformation:
     return stateless_with_tree_map(lambda g, p: g.clamp(-bound, bound))
 
 
-def clip_by_global_norm(max_norm: Scalar, *, eps: float = 0.0) -> GradientTransformation:
-    r"""Scale all updates together so that their global norm is at most ``max_norm``: :math:`u \min(1, c / (\|u\| + \epsilon))`.
+class ClipByGlobalNormState(NamedTuple):
+    """The state of :func:`clip_by_global_norm` with ``keep_norm``.
+
+    Attributes:
+        norm: the norm of the last updates, before they were clipped; 0-dim, float64 (float32 where there is none).
+        total_notfinite: how many updates had a norm that is inf or NaN, a 0-dim int64 tensor.
+    """
+
+    norm: Tensor
+    total_notfinite: Tensor
+
+
+def clip_by_global_norm(
+    max_norm: Scalar, *, eps: float = 0.0, order: float = 2.0, keep_norm: bool = False
+) -> GradientTransformation:
+    r"""Scale all updates together so that their global norm is at most ``max_norm``: :math:`u \min(1, c / (\|u\|_p + \epsilon))`.
+
+    The norm is :func:`optfn.tree.global_norm`: sparse updates count, None does not, and a norm that is not finite makes
+    every update NaN or 0, as in torch. With ``error_if_nonfinite`` :func:`torch.nn.utils.clip_grad_norm_` raises an error,
+    for which it waits for the device at every step. Here the answer is a value: with ``keep_norm`` the state has the norm, and
+    the number of those that were not finite, ``optfn.tree.get(state, "total_notfinite")``, to look at when it suits.
+    :func:`apply_if_finite` skips such steps.
 
     Args:
         max_norm: :math:`c \ge 0`, in the units of the updates.
         eps: :math:`\epsilon \ge 0`; 0 is Optax's form, ``1e-6`` that of :func:`torch.nn.utils.clip_grad_norm_`.
+        order: :math:`p`, torch's ``norm_type``: 2, 1, ``float("inf")``, any other number.
+        keep_norm: keep the norm in a :class:`ClipByGlobalNormState`; without it there is no state.
 
-    The norm is :func:`optfn.tree.global_norm`: sparse updates count, None does not, and a norm that is not finite makes
-    every update NaN or 0, as in torch (wrap in :func:`apply_if_finite` to skip such a step).
+    Raises:
+        ValueError: an argument out of range or NaN.
 
     Reference:
         Pascanu, Mikolov and Bengio, `On the difficulty of training Recurrent Neural Networks
         <https://arxiv.org/abs/1211.5063>`_, 2012, algorithm 1.
 
     Example:
-        >>> clip_by_global_norm(1.0).update({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, ())[0]
-        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+        >>> tx = clip_by_global_norm(1.0, keep_norm=True)
+        >>> updates = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+        >>> updates, state = tx.update(updates, tx.init(updates))
+        >>> updates, state.norm
+        ({'a': tensor([0.6000]), 'b': tensor([0.8000])}, tensor(5., dtype=torch.float64))
     """
-    bound, eps = number("max_norm", max_norm, at_least=0), number("eps", eps, at_least=0)
+    bound, eps, order = number("max_norm", max_norm, at_least=0), number("eps", eps, at_least=0), number("order", order)
 
-    def clipped(updates: Any, params: Any) -> Any:
-        total = tree.global_norm(updates)
-        # A norm of 0 stays out of the quotient: 0/0 and its derivative are NaN where max_norm is 0.
-        factor = torch.where(total == 0, 1, bound / torch.where(total == 0, 1, total + eps)).clamp(max=1)
-        return scale(factor).update(updates, ())[0]
+    def clipped(updates: Any) -> tuple[Any, Tensor]:
+        total = tree.global_norm(updates, order)
+        size = total + eps
+        # A size of 0 stays out of the quotient: 0/0 and its derivative are NaN where max_norm is 0.
+        factor = torch.where(size == 0, 1, bound / torch.where(size == 0, 1, size)).clamp(max=1)
+        return scale(factor).update(updates, ())[0], total
 
-    return stateless(clipped)
+    def init(params: Any) -> ClipByGlobalNormState:
+        zero = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
+        return ClipByGlobalNormState(widened_scalar(zero), zero)
+
+    def update(updates: Any, state: ClipByGlobalNormState, params: Any = None, **extra: Any) -> tuple[Any, ClipByGlobalNormState]:
+        updates, total = clipped(updates)
+        norm = widened_scalar(total).to(state.norm.device)
+        return updates, ClipByGlobalNormState(norm, state.total_notfinite + ~norm.isfinite())
+
+    return transformation(init, update) if keep_norm else stateless(lambda updates, params: clipped(updates)[0])
 
 
 def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:

@@ -1,5 +1,6 @@
 """Averages of the parameters along the way."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,12 @@ class EmaParamsState(NamedTuple):
     average: Any
 
 
-def ema_params(decay: Scalar | None = 0.999, *, average_dtype: torch.dtype | None = None) -> GradientTransformation:
+def ema_params(
+    decay: Scalar | None = 0.999,
+    *,
+    avg_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    average_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
     r"""Keep an average of the parameters, as they are *after* the updates; the updates pass unchanged.
 
     .. math:: a_1 = p_1, \qquad a_t = \beta\, a_{t-1} + (1 - \beta)\, p_t \qquad [\mathrm{SWA:}\ \beta = 1 - 1/t]
@@ -37,6 +43,9 @@ def ema_params(decay: Scalar | None = 0.999, *, average_dtype: torch.dtype | Non
     Args:
         decay: :math:`\beta` in ``[0, 1]`` for an exponential moving average; None for the equal average of stochastic
             weight averaging.
+        avg_fn: another average, ``avg_fn(average, p, n) -> average`` of one tensor, where ``n``, a 0-dim int64 tensor, is how many
+            times parameters have been averaged already, at least 1; as :class:`torch.optim.swa_utils.AveragedModel` takes it.
+            ``decay`` is not read then.
         average_dtype: dtype of the average; the parameter's if None.
 
     Raises:
@@ -75,7 +84,11 @@ def ema_params(decay: Scalar | None = 0.999, *, average_dtype: torch.dtype | Non
             time = as_time(count.to(old.device))
             weight = 1 / time if beta is None else torch.where(time == 1, torch.ones_like(time), 1 - beta)
             wide = compute_dtype(old, p)
-            return lerp(old.to(wide), p.to(wide), weight).to(old.dtype)
+            if avg_fn is None:
+                return lerp(old.to(wide), p.to(wide), weight).to(old.dtype)
+            averaged = state.count.to(old.device)
+            new = avg_fn(old.to(wide), p.to(wide), averaged.clamp_min(1))
+            return torch.where(averaged == 0, p.to(wide), new).to(old.dtype)
 
         return updates, EmaParamsState(count, tree.map(average, state.average, apply_updates(params, updates)))
 
