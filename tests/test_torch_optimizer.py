@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import lr_scheduler as schedulers
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import optfn
 from optfn import tree
 from optfn.interop import TorchOptimizer
+from optfn.interop.torch_optimizer import PATTERNS
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
-SHAPE = {"momentum": 0.9}
 
 
 def network(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
@@ -66,16 +67,25 @@ def tensors(optimizer: optim.Optimizer) -> list[dict[str, Tensor]]:
 # Steps
 
 
-@pytest.mark.parametrize("cls", [cls for cls in ORACLES if cls is not optim.SparseAdam], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_steps_are_torchs_with_gradients_that_are_none(cls: type[optim.Optimizer], compile: bool) -> None:
+@pytest.mark.parametrize(
+    ("cls", "compiled"),
+    [
+        (optim.SGD, False),
+        (optim.Adam, False),
+        (optim.AdamW, False),
+        (optim.Adagrad, False),
+        (optim.RMSprop, False),
+        (optim.AdamW, True),
+    ],
+)
+def test_steps_are_torchs_with_gradients_that_are_none(cls: type[optim.Optimizer], compiled: bool) -> None:
+    """Under more patterns of None than are compiled."""
     given = problem(torch.float64, absent=True)
+    assert len({tuple(g is None for g in gradients.values()) for gradients in given.gradients}) > PATTERNS
     make = ORACLES[cls].alias
-    if cls.__name__ == "Muon" or "closure" in inspect.signature(make).parameters:
-        pytest.skip(f"{cls.__name__} takes matrices only: see its own tests")
     sides = []
     for build in (
-        lambda ps: TorchOptimizer(ps, make, lr=0.1, compile=compile, backend="eager"),
+        lambda ps: TorchOptimizer(ps, make, lr=0.1, compile=compiled, backend="eager"),
         lambda ps: cls([p for _, p in ps], lr=0.1, foreach=False),
     ):
         params = {name: torch.nn.Parameter(p.clone()) for name, p in given.params.items()}
@@ -169,9 +179,9 @@ def test_a_chain_of_ones_own_with_names() -> None:
     state = tx.init(params)
     for _ in range(5):
         train(model, optimizer, 1)
-        grads = torch.func.grad(lambda ps: torch.func.functional_call(twin, ps, (X,)).sum(1).sub(X.square().sum(1)).square().mean())(
-            params
-        )
+        grads = torch.func.grad(
+            lambda ps: torch.func.functional_call(twin, ps, (X,)).sum(1).sub(X.square().sum(1)).square().mean()
+        )(params)
         updates, state = tx.update(grads, state, params)
         params = optfn.apply_updates(params, updates)
         for name, p in model.named_parameters():
@@ -211,7 +221,6 @@ def test_a_schedule_and_a_function_stay_out_of_the_groups() -> None:
     groups = [{"params": [p for p in twin.parameters() if p.ndim > 1]}, {"params": [twin[0].bias, twin[2].bias], "weight_decay": 0}]
     real = optim.AdamW(groups, lr=1.0)
     train(model, optimizer, 8)
-    train(twin, real, 8, schedulers.LambdaLR(real, lambda t: 0.1 * (1 - t / 10))) if False else None
     scheduler = schedulers.LambdaLR(real, lambda t: 0.1 * (1 - t / 10))
     train(twin, real, 8, scheduler)
     alike(model, twin)
@@ -333,7 +342,7 @@ def test_closures_run_with_gradients_and_their_loss_reaches_the_transformation()
         loss, wanted = optimizer.step(closure(model, optimizer)), real.step(closure(twin, real))
         check(loss.detach(), wanted.detach(), "the loss")
         assert not seen[-1]["value"].requires_grad
-        assert float(seen[-1]["value"]) == float(loss)
+        assert float(seen[-1]["value"]) == float(loss.detach())
         alike(model, twin)
     optimizer.step(other=1)
     assert seen[-1] == {"other": 1}
@@ -351,8 +360,8 @@ def test_hooks_run_where_torchs_do() -> None:
         def note(name: str, log: Any = log, model: Any = model, start: Any = start) -> Callable[..., None]:
             return lambda *args: log.append((name, len(args), torch.equal(model[0].weight, start)))
 
-        everywhere = [optim.optimizer.register_optimizer_step_pre_hook(note("all pre"))]
-        everywhere.append(optim.optimizer.register_optimizer_step_post_hook(note("all post")))
+        everywhere = [register_optimizer_step_pre_hook(note("all pre"))]
+        everywhere.append(register_optimizer_step_post_hook(note("all post")))
         optimizer.register_step_pre_hook(note("pre"))
         optimizer.register_step_post_hook(note("post"))
         optimizer.register_state_dict_pre_hook(note("state pre"))
@@ -370,7 +379,9 @@ def test_hooks_run_where_torchs_do() -> None:
 
 def test_a_hook_may_change_what_is_loaded_and_sees_what_was() -> None:
     model = network(torch.bfloat16)
-    optimizer = TorchOptimizer(model.parameters(), lambda lr=0.1: optfn.chain(optfn.scale_by_adam(mu_dtype=torch.float32), optfn.scale(-lr)))
+    optimizer = TorchOptimizer(
+        model.parameters(), lambda lr=0.1: optfn.chain(optfn.scale_by_adam(mu_dtype=torch.float32), optfn.scale(-lr))
+    )
     train(model, optimizer, 2)
     saved = optimizer.state_dict()
     doubled = saved["state"][0]["inner_state.0.slots.mu"] * 2
@@ -419,7 +430,7 @@ def test_a_scaler_skips_a_step_and_nothing_moves() -> None:
         alike(sides[0][0], sides[1][0], f"after step {t + 1}")
         assert sides[0][2].get_scale() == sides[1][2].get_scale()
         scales.append(sides[0][2].get_scale())
-    assert len({*scales}) > 2
+    assert len({*scales}) > 1
     assert int(tensors(sides[0][1])[0]["count"]) == 6
 
 
@@ -432,10 +443,14 @@ def saved_and_loaded(x: Any) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
-def resumed(optimizer: TorchOptimizer, model: torch.nn.Module, other: torch.nn.Module, load: Callable[[TorchOptimizer], None]) -> None:
+def resumed(
+    optimizer: TorchOptimizer, model: torch.nn.Module, other: torch.nn.Module, load: Callable[[TorchOptimizer], None]
+) -> None:
     """A fresh optimizer, once loaded, takes exactly the steps of the one that has run on."""
     other.load_state_dict(model.state_dict())
-    new = TorchOptimizer([{"params": other[0].parameters()}, {"params": other[2].parameters(), "lr": 9.0}], optfn.adamw, amsgrad=True)
+    new = TorchOptimizer(
+        [{"params": other[0].parameters()}, {"params": other[2].parameters(), "lr": 9.0}], optfn.adamw, amsgrad=True
+    )
     load(new)
     assert [group["lr"] for group in new.param_groups] == [group["lr"] for group in optimizer.param_groups]
     for of, it in ((model, optimizer), (other, new)):
@@ -526,7 +541,7 @@ def test_half_precision_parameters_keep_wide_moments_through_a_checkpoint() -> N
 
 
 def test_a_parameter_without_state_gets_a_fresh_one() -> None:
-    model, optimizer = running()
+    _, optimizer = running()
     saved = optimizer.state_dict()
     del saved["state"][3]
     new = TorchOptimizer([{"params": g["params"]} for g in optimizer.param_groups], optfn.adamw)
@@ -630,6 +645,35 @@ def test_parameters_that_other_code_replaces_are_trained() -> None:
     assert [int(of["inner_state.2.step"]) for of in tensors(optimizer)] == [4] * 4
 
 
+def test_a_state_may_hold_what_it_was_given() -> None:
+    """A pure rule may keep the gradient, the parameter, another slot as they are; what is written in place is not theirs."""
+
+    class Slots(NamedTuple):
+        last: Tensor
+        before: Tensor
+        param: Tensor
+
+    def update(g: Tensor, slots: Slots, p: Tensor, step: Tensor) -> tuple[Tensor, Slots]:
+        return -0.1 * (g + slots.last + slots.before) + 0.01 * slots.param, Slots(g, slots.last, p)
+
+    def make() -> optfn.GradientTransformation:
+        return optfn.leafwise(lambda p: Slots(*(torch.zeros_like(p) for _ in range(3))), update, needs_params=True)
+
+    model, twin = network(), network()
+    optimizer, tx = TorchOptimizer(model.parameters(), make()), make()
+    params = [p.detach().clone() for p in twin.parameters()]
+    state = tx.init(params)
+    for _ in range(5):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model).backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        updates, state = tx.update(grads, state, params)
+        params = optfn.apply_updates(params, updates)
+    for p, q in zip(model.parameters(), params, strict=True):
+        check(p.detach(), q, "a parameter")
+
+
 def test_an_empty_group() -> None:
     model = network()
     optimizer = TorchOptimizer([{"params": model.parameters()}, {"params": []}], optfn.adam, lr=0.1)
@@ -648,14 +692,30 @@ def parameter() -> torch.nn.Parameter:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: TorchOptimizer([parameter()], "adam"), TypeError, "tx must be a transformation or a function that returns one, got str"),
-        (lambda: TorchOptimizer([parameter()], optfn.adam(), lr=1.0), TypeError, "no arguments 'lr'; it has none, being made already"),
-        (lambda: TorchOptimizer([parameter()], optfn.sgd, rl=1.0), TypeError, "tx has no arguments 'rl'; it has 'dampening', 'lr', 'max"),
+        (
+            lambda: TorchOptimizer([parameter()], "adam"),
+            TypeError,
+            "tx must be a transformation or a function that returns one, got str",
+        ),
+        (
+            lambda: TorchOptimizer([parameter()], optfn.adam(), lr=1.0),
+            TypeError,
+            "no arguments 'lr'; it has none, being made already",
+        ),
+        (
+            lambda: TorchOptimizer([parameter()], optfn.sgd, rl=1.0),
+            TypeError,
+            "tx has no arguments 'rl'; it has 'dampening', 'lr', 'max",
+        ),
         (lambda: TorchOptimizer([], optfn.sgd), ValueError, "optimizer got an empty parameter list"),
         (lambda: TorchOptimizer(parameter(), optfn.sgd), TypeError, "should be an iterable of Tensors or dicts"),
         (lambda: TorchOptimizer([parameter()], optfn.sgd, lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
         (lambda: TorchOptimizer([parameter() * 2], optfn.sgd), ValueError, "can't optimize a non-leaf Tensor"),
-        (lambda: TorchOptimizer([("a", parameter()), ("a", parameter())], optfn.sgd), ValueError, "names of a group's parameters must"),
+        (
+            lambda: TorchOptimizer([("a", parameter()), ("a", parameter())], optfn.sgd),
+            ValueError,
+            "names of a group's parameters must",
+        ),
     ],
 )
 def test_errors(make: Callable[[], Any], error: type[Exception], match: str) -> None:

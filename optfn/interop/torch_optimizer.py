@@ -19,6 +19,9 @@ __all__ = ["TorchOptimizer"]
 
 Factory = Callable[..., GradientTransformation]
 
+PATTERNS = 8
+"""For how many patterns of None gradients a group compiles its step; with any other it runs eagerly."""
+
 
 class TorchOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose steps are those of a transformation: for schedulers, trainers, scalers and checkpoints.
@@ -43,7 +46,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         tx: a function that returns a transformation, such as :func:`adamw` or your own, or a transformation; of that only the
             hyperparameters that its state holds are options of groups.
         compile: whether to compile the step, with the parameters and the state donated, by :func:`optfn.compile`. The first
-            step and each new pattern of None gradients take their time.
+            step takes its time, and the first with other gradients None; after the eighth such pattern new ones run eagerly.
         backend: a backend of :func:`torch.compile`.
         options: arguments of the function, for the groups that have no others.
 
@@ -194,7 +197,10 @@ class TorchOptimizer(torch.optim.Optimizer):
 
 
 class _Group:
-    """One group: its transformation, its functional state, and what of it is in ``optimizer.state``."""
+    """One group: its transformation, its functional state, and what of it is in ``optimizer.state``.
+
+    The tensors of the state are the same from step to step, and are written in place, as torch's are.
+    """
 
     def __init__(self, source: GradientTransformation | Factory, options: dict[str, Any], backend: Any) -> None:
         self.owners: list[Tensor] = list(options["params"])
@@ -212,8 +218,9 @@ class _Group:
         self.fixed = {name: x for name, x in self.fixed.items() if name not in self.hyperparams}
         self.written: dict[str, Any] = {}
         self.published: list[tuple[Tensor, list[str], list[Any]]] = []
+        self.memory: set[int] = set()
         self.backend = backend
-        self.run = self._run() if backend is None else compiled(self._run(), donate=("params", "state"), backend=backend)
+        self.compiled: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def _hyperparams(self) -> dict[str, list[int]]:
         """The places of each hyperparameter by its name, by its path where several have that name."""
@@ -223,15 +230,6 @@ class _Group:
                 path = f"{part.owner}.hyperparams.{part.name}".lstrip(".")
                 found.setdefault(part.name, {}).setdefault(path, []).append(j)
         return {name if len(of) == 1 else path: at for name, of in found.items() for path, at in of.items()}
-
-    def _run(self) -> Callable[..., Any]:
-        tx = self.tx
-
-        def step(params: Any, state: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
-            updates, state = tx.update(grads, state, params, **extra)
-            return apply_updates(params, updates), state
-
-        return step
 
     def has(self, params: list[Tensor]) -> bool:
         return len(params) == len(self.owners) and all(map(operator.is_, params, self.owners))
@@ -265,14 +263,26 @@ class _Group:
     def step(self, kept: Any, options: dict[str, Any], extra: dict[str, Any]) -> None:
         if not self.owners:
             return
-        grads = tree.unflatten(self.spec, [p.grad for p in self.leaves])
-        new, self.state = self.run(self.params, self.current(kept, options), grads, extra)
-        if self.backend is None:  # else all that is new was written into what was there
-            for p, x in zip(self.leaves, tree.flatten(new)[0], strict=True):
-                if x is not p:
-                    p.copy_(x)
-            self.flat = tree.flatten(self.state)[0]
-            self.publish(kept)
+        state = self.current(kept, options)
+        grads = [p.grad for p in self.leaves]
+        pattern = tuple(g is not None for g in grads)
+        if self.backend is not None and (pattern in self.compiled or len(self.compiled) < PATTERNS):
+            if pattern not in self.compiled:
+                self.compiled[pattern] = compiled(_step_of(self.tx), donate=("params", "state"), backend=self.backend)
+            self.compiled[pattern](self.params, state, tree.unflatten(self.spec, grads), extra)
+            return
+        params, state = _step_of(self.tx)(self.params, state, tree.unflatten(self.spec, grads), extra)
+        # A pure step may return what it was given: a gradient as a slot, one slot as another.
+        new = [(old, self._apart(x, old)) for old, x in zip(self.flat, tree.flatten(state)[0], strict=True) if x is not old]
+        new += [(p, x) for p, x in zip(self.leaves, tree.flatten(params)[0], strict=True) if x is not p]
+        for old, x in new:
+            old.copy_(x)
+
+    def _apart(self, x: Tensor, old: Tensor) -> Tensor:
+        """A new part of the state that is not about to be overwritten."""
+        if x.shape != old.shape:
+            raise ValueError(f"a part of the state has changed its shape, from {tuple(old.shape)} to {tuple(x.shape)}")
+        return x.clone() if x.untyped_storage().data_ptr() in self.memory else x
 
     def pieces(self) -> list[tuple[str, int | None, Any]]:
         """Name, parameter (None for all) and value of what goes into ``optimizer.state``."""
@@ -294,6 +304,7 @@ class _Group:
             there = kept.setdefault(p, {})
             there.clear()
             there.update(mine)
+        self.memory = {x.untyped_storage().data_ptr() for x in (*self.leaves, *self.flat) if x is not None}
         self.published = [(p, list(mine), list(mine.values())) for p, mine in zip(self.leaves, of, strict=True)]
 
     def take(self, kept: Mapping[Tensor, Any]) -> None:
@@ -325,6 +336,14 @@ class _Group:
         self.flat = [choose(part, like) for part, like in zip(self.parts, fresh, strict=True)]
         self.state = tree.unflatten(self.state_spec, self.flat)
         self.written = {}
+
+
+def _step_of(tx: GradientTransformation) -> Callable[..., Any]:
+    def step(params: Any, state: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params, **extra)
+        return apply_updates(params, updates), state
+
+    return step
 
 
 def _prepared(
