@@ -32,14 +32,16 @@ TABLE: dict[str, Slots] = {
     "AdamSlots": Slots({"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}),
     "AdagradSlots": Slots({"sum": "sum"}, eager=True),
     "RmsSlots": Slots({"nu": "square_avg", "mu": "grad_avg"}),
-    "AdadeltaSlots": Slots({"nu": "square_avg", "delta": "acc_delta"}),
+    "AdadeltaSlots": Slots({"e_g": "square_avg", "e_x": "acc_delta"}),
     "AdamaxSlots": Slots({"mu": "exp_avg", "nu": "exp_inf"}),
-    "NadamSlots": Slots({"mu": "exp_avg", "nu": "exp_avg_sq"}),
-    "RadamSlots": Slots({"mu": "exp_avg", "nu": "exp_avg_sq"}),
+    "NAdamSlots": Slots({"mu": "exp_avg", "nu": "exp_avg_sq", "mu_product": "mu_product"}),
+    "RAdamSlots": Slots({"mu": "exp_avg", "nu": "exp_avg_sq"}),
+    "RpropSlots": Slots({"prev": "prev", "step_size": "step_size"}),
+    "AsgdSlots": Slots({"ax": "ax", "eta": "eta", "mu": "mu"}),
+    "FactoredSlots": Slots({"v_row": "row_var", "v_col": "col_var", "v": "variance"}),
     "MuonSlots": Slots({"mu": "momentum_buffer"}, counted=False),
 }
-"""By the name of the slots' NamedTuple. A field that is not named here is called in torch what it is called here: ``mu_product``,
-``prev``, ``step_size``, ``ax``, ``eta``, ``row_var``, ``col_var``, ``variance``."""
+"""By the name of the slots' NamedTuple. A field that is not named here is called in torch what it is called here."""
 
 
 class _Torch(NamedTuple):
@@ -94,6 +96,7 @@ def load_torch_state(
     used: list[dict[str, str]] = [{} for _ in names]
     touched: dict[str, set[int]] = {}
     new = list(leaves)
+    slotted = {part.owner for part in places if part.role == "slot"}
 
     for j, part in enumerate(places):
         if part.role != "slot" or part.leaf is None or not given.kept[part.leaf]:
@@ -121,7 +124,7 @@ def load_torch_state(
     scheduled = {part.owner for part in places if part.role == "derived"}
     for j, part in enumerate(places):
         if part.role == "steps":
-            mine = touched.get(part.owner, set())
+            mine = touched.get(part.owner, set()) if part.owner in slotted else range(len(names))  # a rule may count, and no more
             new[j] = leaves[j].new_tensor([counts[i] if i in mine else 0 for i in range(len(names))])
         elif part.role == "count":
             if not counted and part.owner in scheduled:
