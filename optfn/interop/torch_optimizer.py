@@ -217,7 +217,7 @@ class _Group:
         self.initial = {name: _value(self.parts, self.flat, at) for name, at in self.hyperparams.items()}
         self.fixed = {name: x for name, x in self.fixed.items() if name not in self.hyperparams}
         self.written: dict[str, Any] = {}
-        self.published: list[tuple[Tensor, list[str], list[Any]]] = []
+        self.published: list[tuple[Tensor, list[Any]]] = []
         self.memory: set[int] = set()
         self.backend = backend
         self.compiled: dict[tuple[bool, ...], Callable[..., Any]] = {}
@@ -243,7 +243,7 @@ class _Group:
 
     def current(self, kept: Any, options: dict[str, Any]) -> Any:
         """The state, with what other code has put into ``optimizer.state`` and into the options."""
-        if any(not _same(kept.get(p), names, values) for p, names, values in self.published):
+        if any(not _same(kept.get(p), values) for p, values in self.published):
             self.take(kept)
             self.publish(kept)
         for name, x in self.fixed.items():
@@ -305,7 +305,7 @@ class _Group:
             there.clear()
             there.update(mine)
         self.memory = {x.untyped_storage().data_ptr() for x in (*self.leaves, *self.flat) if x is not None}
-        self.published = [(p, list(mine), list(mine.values())) for p, mine in zip(self.leaves, of, strict=True)]
+        self.published = [(p, list(mine.values())) for p, mine in zip(self.leaves, of, strict=True)]
 
     def take(self, kept: Mapping[Tensor, Any]) -> None:
         """The state with these parts; a parameter that has none gets fresh ones, and all are copied."""
@@ -381,8 +381,8 @@ def _value(places: list[Part], flat: list[Tensor], at: list[int]) -> Any:
     return values if places[at[0]].path.rsplit(".", 1)[-1].isdigit() else values[0]
 
 
-def _same(kept: Any, names: list[str], values: list[Any]) -> bool:
-    return kept is not None and len(kept) == len(names) and all(kept.get(n) is x for n, x in zip(names, values, strict=True))
+def _same(kept: Any, values: list[Any]) -> bool:
+    return kept is not None and len(kept) == len(values) and all(map(operator.is_, kept.values(), values))
 
 
 def _is_plain(x: Any) -> bool:
