@@ -52,9 +52,8 @@ def end_loss(model: torch.nn.Module) -> float:
 
 
 @pytest.fixture
-def lightning(tmp_path: Path) -> Iterator[Any]:
-    module = pytest.importorskip("lightning", reason=REASON)
-    yield module
+def lightning() -> Any:
+    return pytest.importorskip("lightning", reason=REASON)
 
 
 def lightning_module(lightning: Any, make: Make, scheduler: str = "onecycle", manual: bool = False) -> Any:

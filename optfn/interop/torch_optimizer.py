@@ -137,7 +137,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; a parameter that it has no state for gets a fresh one.
+        """Load what ``state_dict()`` gave; a parameter that it has no state for gets a fresh one.
 
         Raises:
             KeyError: the state of a parameter has other parts than here.
