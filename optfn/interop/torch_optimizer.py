@@ -29,7 +29,8 @@ class TorchOptimizer(torch.optim.Optimizer):
     ``TorchOptimizer(model.parameters(), optfn.adamw, lr=1e-3)`` is used as :class:`torch.optim.AdamW` is. The numeric arguments of
     the factory (see :func:`inject_hyperparams`) are options of the groups: a group may have its own, and whatever changes
     ``optimizer.param_groups[i]["lr"]`` (every class of ``torch.optim.lr_scheduler``) changes the next step. The factory's other
-    arguments (``amsgrad=True``) may differ between groups too, but stay as they are.
+    arguments (``amsgrad=True``) may differ between groups too, but stay as they are. Which are which can be said by giving
+    ``optfn.inject_hyperparams(factory, static_args=...)`` for the factory.
 
     Every group is one tree with one state: the list of its parameters, or where the optimizer is made with
     ``model.named_parameters()`` a dict, so that masks and labels see the names. A global norm in a chain is that of a group.
