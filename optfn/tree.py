@@ -18,6 +18,7 @@ from optfn import numerics
 
 __all__ = [
     "cast",
+    "children",
     "flatten",
     "from_flat_dict",
     "get",
@@ -300,6 +301,17 @@ def _children(node: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], An
     level: Any = optree.tree_flatten_one_level(other, none_is_leaf=True, namespace=NAMESPACE)
     found, metadata, entries, rebuild = level
     return [str(entry) for entry in entries], list(found), lambda new: rebuild(metadata, tuple(new))
+
+
+def children(tree: Any) -> dict[str, Any] | None:
+    """What a tree is made of, one level down, by the names that make up :func:`paths`; None for a leaf.
+
+    Example:
+        >>> children({"w": [1.0, 2.0]}), children(1.0)
+        ({'w': [1.0, 2.0]}, None)
+    """
+    level = _children(tree)
+    return None if level is None else dict(zip(level[0], level[1], strict=True))
 
 
 def _like_dict(old: dict[Any, Any], keys: list[Any], new: list[Any]) -> dict[Any, Any]:

@@ -1,5 +1,6 @@
 """Hyperparameters as tensors in the state: to read, to set, to schedule, to sweep, to learn."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def inject_hyperparams(
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ValueError(f"inject_hyperparams needs named arguments, the factory has {parameter}")
 
+    @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> GradientTransformation:
         bound = signature.bind(*args, **kwargs)
         given = {*bound.arguments}

@@ -1,0 +1,121 @@
+"""What each leaf of a state is: a slot of a parameter, a step count, a hyperparameter."""
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from optfn import tree
+from optfn.leafwise import LeafwiseState
+
+__all__ = ["Part", "in_order", "parts"]
+
+Role = Literal["slot", "steps", "count", "hyperparam", "derived", "other"]
+
+
+class Part(NamedTuple):
+    """One leaf of a state.
+
+    Attributes:
+        path: its dotted path in the state, without the parameter's own at the end.
+        role: ``slot`` of a lifted rule, its ``steps`` (one entry a parameter), the ``count`` of a schedule, a ``hyperparam``, what
+            is ``derived`` from these at each step, or something ``other``.
+        leaf: the position of the parameter whose it is, in the order of :func:`optfn.tree.flatten`; None if it is nobody's.
+        owner: the path of the NamedTuple with the steps, the count or the hyperparameters; of the rule's state for a slot.
+        kind: the name of a slot's NamedTuple.
+    """
+
+    path: str
+    role: Role
+    leaf: int | None = None
+    owner: str = ""
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last name in the path: of a slot ``mu``, of a hyperparameter ``lr``; that of the whole where it is a tuple."""
+        if self.role == "hyperparam":
+            return self.path.removeprefix(self.owner).lstrip(".").split(".")[1]
+        return self.path.rsplit(".", 1)[-1]
+
+
+def parts(state: Any, params: Any) -> list[Part]:
+    """A part for every leaf of a state, in the order of :func:`optfn.tree.flatten`.
+
+    Args:
+        state: any nested state.
+        params: the parameters that it was made for.
+
+    Example:
+        >>> params = {"w": torch.ones(2)}
+        >>> for part in parts(optfn.trace(0.9).init(params), params):
+        ...     print(part.role, part.path, part.leaf)
+        steps step None
+        slot slots.trace 0
+    """
+    likes, spec = tree.flatten(params)
+    found: list[Part] = []
+
+    def shaped(node: Any) -> list[Any] | None:
+        """What ``node`` has for each parameter, if it is built as they are."""
+        try:
+            of: list[Any] = spec.flatten_up_to(node)
+        except (ValueError, TypeError):
+            return None
+        fits = all(isinstance(x, Tensor) or x is None or x == () for x in of) and any(isinstance(x, Tensor) for x in of)
+        return of if fits else None
+
+    def walk(node: Any, path: str, role: Role = "other", owner: str = "", kind: str = "") -> None:
+        of = shaped(node) if role == "slot" or (role == "other" and not (spec.is_leaf() and not _like(node, likes[0]))) else None
+        if of is not None:
+            found.extend(Part(path, role, i, owner, kind) for i, x in enumerate(of) if not isinstance(x, tuple))
+            return
+        below = tree.children(node)
+        if below is None:
+            found.append(Part(path, role, None, owner, kind))
+            return
+        derived, scalars = (getattr(type(node), name, ()) for name in ("_derived", "_scalars"))
+        for name, child in below.items():
+            where = f"{path}.{name}" if path else name
+            if isinstance(node, LeafwiseState):
+                walk(child, where, "steps" if name == "step" else "slot", path, type(child).__name__)
+            elif name in scalars:
+                walk(child, where, "hyperparam", path)
+            elif name in derived:
+                walk(child, where, "derived", path)
+            elif derived and name == "count":
+                walk(child, where, "count", path)
+            else:
+                walk(child, where, role, owner, kind)
+
+    walk(state, "")
+    return found
+
+
+def _like(node: Any, p: Tensor | None) -> bool:
+    return (
+        isinstance(node, Tensor) and p is not None and node.shape == p.shape and node.is_floating_point() == p.is_floating_point()
+    )
+
+
+def in_order(params: Any) -> list[int]:
+    """The positions, as :func:`optfn.tree.flatten` has them, of the parameters that are not None, in the order they were put in.
+
+    That is the order of ``module.parameters()`` for ``dict(module.named_parameters())``; flattening sorts the keys of a dict.
+
+    Example:
+        >>> in_order({"weight": torch.ones(2), "bias": torch.ones(1)})
+        [1, 0]
+    """
+    leaves, spec = tree.flatten(params)
+
+    def walk(node: Any, at: Any) -> list[int]:
+        if tree.children(node) is None:
+            return [] if node is None else [at]
+        pairs = ((node[k], at[k]) for k in node) if isinstance(node, dict) else zip(_values(node), _values(at), strict=True)
+        return [i for child, where in pairs for i in walk(child, where)]
+
+    return walk(params, tree.unflatten(spec, list(range(len(leaves)))))
+
+
+def _values(node: Any) -> list[Any]:
+    return list((tree.children(node) or {}).values())
