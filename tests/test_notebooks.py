@@ -14,10 +14,42 @@ pytestmark = pytest.mark.slow
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]\d+)?")
-PLOTS = {"quickstart": 3, "sweep": 4}
+PLOTS = {"migrate": 1, "quickstart": 3, "sweep": 4}
+DIFFERENCES = {"migrate": 5}
+"""How many largest differences from torch.optim a notebook prints."""
 
 # Cells that are run after a notebook's own, with its names. What they print are the numbers of stored lines, computed otherwise.
 CHECKS = {
+    "migrate": """
+def reference():
+    model = make_model()
+    ps = list(model.parameters())
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in ps]
+    losses, clipped = [], 0
+    for t, rows in enumerate(batches):
+        loss = nn.functional.cross_entropy(model(points[rows]), label[rows])
+        grads = torch.autograd.grad(loss, ps)
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        clipped += bool(norm > 0.3)
+        lr = LR * (t / 30 if t < 30 else (1 + math.cos(math.pi * (t - 30) / 270)) / 2)
+        for p, g, (m, v) in zip(ps, grads, moments, strict=True):
+            g = g * min(1.0, 0.3 / (norm + 1e-6))
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.99).add_(0.01 * g * g)
+            p.data *= 1 - lr * (0.1 if p.ndim == 2 else 0)
+            p.data -= lr * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.99 ** (t + 1))).sqrt() + 1e-8)
+        losses.append(loss.detach())
+    return torch.stack(losses), clipped
+
+
+losses, clipped = reference()
+assert (losses - expected).abs().max() < 1e-12
+assert 100 < clipped < 200, clipped  # both sides of the bound on the norm
+params = dict(sorted(checkpoint["model"].items(), key=lambda item: item[1].ndim < 2))
+_, _, forgetful = train(step, params, tx.init(params), batches[100:200])
+assert (forgetful - second).abs().max() > 1e-2  # the state matters
+print(f"first loss {losses[0]}, last {losses[-1]}")
+""",
     "quickstart": """
 import math
 from collections import Counter
@@ -137,6 +169,10 @@ def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fresh.cells.append(nbformat.v4.new_code_cell(CHECKS[name]))
     NotebookClient(fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert [masked(line) for line in printed(stored.cells)] == [masked(line) for line in printed(fresh.cells[:-1])]
+
+    differences = [line for line in printed(stored.cells) + printed(fresh.cells[:-1]) if "largest difference" in line]
+    assert len(differences) == 2 * DIFFERENCES.get(name, 0)
+    assert all(float(line.rpartition(" ")[2]) < 1e-12 for line in differences), differences
 
     version = stored.metadata.language_info.version
     if name == "quickstart" and version != platform.python_version():

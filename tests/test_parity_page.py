@@ -16,8 +16,10 @@ HEAD = """\
 # Compared with torch.optim
 
 Each alias takes the steps of the class that it is named after, over every configuration of torch's own table of optimizers
-(`torch.testing._internal.common_optimizers.optim_db`), that of the CPU and that of CUDA in values, and is compared after each step: within 1e-12 of 1 + |x| in float64 and complex128, 1e-6 in float32,
-with and without None among the gradients; the states are compared at the end. LBFGS, whose iterations amplify rounding, is compared in float64 and complex128 alone. An error of torch's table is raised here too, or is listed below with the reason why it is none.
+(`torch.testing._internal.common_optimizers.optim_db`), that of the CPU and that of CUDA in values, and is compared after each
+step: within 1e-12 of 1 + |x| in float64 and complex128, 1e-6 in float32, with and without None among the gradients; the states
+are compared at the end. LBFGS, whose iterations amplify rounding, is compared in float64 and complex128 alone. An error of torch's
+table is raised here too, or is listed below with the reason why it is none.
 
 The tables on this page are made by the tests.
 
