@@ -311,3 +311,52 @@ def test_every_oracle_is_a_line_of_the_table() -> None:
         known = {(ours, theirs) for slots in TABLE.values() for ours, theirs in slots.names.items()}
         for theirs, ours in oracle.states.items():
             assert (ours, theirs) in known or ours == theirs, f"{cls.__name__}: {theirs}"
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("history", [3, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_lbfgs_from_torch_and_back(search: str | None, history: int, dtype: torch.dtype) -> None:
+    """The parameters are not in sorted order, so torch's vectors are in another order than ours."""
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(n, dtype=dtype, generator=generator) for name, n in (("w", 4), ("a", 3))}
+    targets = {name: torch.randn(p.shape, dtype=dtype, generator=generator) for name, p in params.items()}
+
+    def fun(params: Any) -> Tensor:
+        distances = [((p - targets[name]).abs().square() * torch.arange(1, len(p) + 1)).sum() for name, p in params.items()]
+        return torch.stack(distances).sum() + 0.1 * torch.stack(distances).prod()
+
+    def run(optimizer: torch.optim.Optimizer, theirs: dict[str, Tensor], steps: int) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = fun(theirs)
+            value.backward()
+            return value
+
+        for _ in range(steps):
+            optimizer.step(closure)
+
+    def torch_lbfgs(of: dict[str, Tensor]) -> tuple[torch.optim.LBFGS, dict[str, Tensor]]:
+        own = {name: p.detach().clone().requires_grad_() for name, p in of.items()}
+        options = {"lr": 0.1 if search is None else 1.0, "max_iter": 2, "history_size": history}
+        return torch.optim.LBFGS([*own.values()], line_search_fn=search, tolerance_change=0, tolerance_grad=0, **options), own
+
+    optimizer, theirs = torch_lbfgs(params)
+    run(optimizer, theirs, 3)
+    rate = 0.1 if search is None else 1.0
+    tx = optfn.lbfgs(rate, history_size=history, line_search_fn=search, tolerance_change=0, tolerance_grad=0)
+    ours = {name: p.detach().clone() for name, p in theirs.items()}
+    state = load_torch_state(tx, ours, optimizer.state_dict())
+    for _ in range(2):
+        run(optimizer, theirs, 1)
+        result = optfn.minimize(fun, ours, tx, state=state, max_steps=2, max_evals=2)
+        ours, state = result.params, result.state
+        for name, p in theirs.items():
+            check(ours[name], p.detach(), name)
+    again, back = torch_lbfgs(ours)
+    again.load_state_dict(to_torch_state_dict(tx, state, ours, again))
+    run(optimizer, theirs, 2)
+    run(again, back, 2)
+    for name, p in theirs.items():
+        check(back[name].detach(), p.detach(), name)
+        assert (p - params[name]).abs().max() > 1e-3

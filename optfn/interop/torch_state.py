@@ -9,6 +9,8 @@ from torch import Tensor
 from optfn import tree
 from optfn.core import GradientTransformation
 from optfn.interop.parts import Part, in_order, parts
+from optfn.interop.torch_lbfgs import lbfgs_from_torch, lbfgs_to_torch
+from optfn.optimizers.lbfgs import LbfgsState
 
 __all__ = ["load_torch_state", "to_torch_state_dict"]
 
@@ -45,10 +47,11 @@ TABLE: dict[str, Slots] = {
 
 
 class _Torch(NamedTuple):
-    """A state dict, in the order of our leaves: what torch keeps of each parameter, and the options of its group."""
+    """A state dict, in the order of our leaves: what torch keeps of each parameter, the options of its group; and torch's order."""
 
     kept: list[dict[str, Any]]
     options: list[Mapping[str, Any]]
+    order: list[int]
 
 
 def load_torch_state(
@@ -62,7 +65,8 @@ def load_torch_state(
 
     What is taken: moments and buffers; step counts; for the counts of schedules the largest of the step counts; the values of
     a group (``lr``, ``betas``, ...) for hyperparameters of these names that ``tx`` keeps in its state (:func:`inject_hyperparams`).
-    A parameter for which torch has no state yet, having had no gradient, gets fresh slots.
+    A parameter for which torch has no state yet, having had no gradient, gets fresh slots. The state of LBFGS is taken for an
+    :func:`lbfgs` that is not part of a chain.
 
     Args:
         tx: the transformation, with the options that the optimizer has.
@@ -90,6 +94,8 @@ def load_torch_state(
     """
     given = _read(optimizer_state_dict, params)
     state = tx.init(params)
+    if isinstance(state, LbfgsState):
+        return lbfgs_from_torch(state, params, given.order, next(filter(None, given.kept), {}))
     leaves, spec = tree.flatten(state)
     places = parts(state, params)
     names = [f"{path!r}" if path else "the tensor" for path in tree.paths(params)]
@@ -168,6 +174,11 @@ def to_torch_state_dict(
     like = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     owners = _owners(like["param_groups"], params)
     tree.match(tree.flatten(tx.init(params))[1], state, "the state", "tx.init(params)")
+    if isinstance(state, LbfgsState):
+        kept_by_first = lbfgs_to_torch(state, params, list(owners))
+        first = next(iter(owners.values()))[0]
+        groups = [dict(group) for group in like["param_groups"]]
+        return {"state": {first: kept_by_first} if kept_by_first else {}, "param_groups": groups}
     leaves, places = tree.flatten(state)[0], parts(state, params)
     steps = {part.owner: x.tolist() for part, x in zip(places, leaves, strict=True) if part.role == "steps"}
     options = [dict(group) for group in like["param_groups"]]
@@ -285,7 +296,7 @@ def _read(state_dict: Mapping[str, Any], params: Any) -> _Torch:
     for i, (key, n) in owners.items():
         kept[i] = {name: x for name, x in state_dict["state"].get(key, {}).items() if x is not None}
         options[i] = groups[n]
-    return _Torch(kept, options)
+    return _Torch(kept, options, list(owners))
 
 
 def _nested(flat: Mapping[str, Any], params: Any) -> dict[str, Any]:
