@@ -471,12 +471,12 @@ def test_errors() -> None:
         tx.init({})
 
 
-def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled():
-        print(
-            f"\n     LBFGS: {len(CONFIGURATIONS):2} configurations in 2 dtypes, {len(LOOPS)} loops, "
-            f"{len(PATTERNS)} patterns of gradients; "
-            f"{len(ERROR_TABLE):2} errors, {len(ERRORS)} of them ours too, {len(NOT_AN_ERROR)} not applicable"
-        )
+def test_counts(record_property: Callable[[str, object], None]) -> None:
+    record_property(
+        "torch.optim parity",
+        f"     LBFGS: {len(CONFIGURATIONS):2} configurations in 2 dtypes, "
+        f"{len(LOOPS)} loops, {len(PATTERNS)} patterns of gradients; "
+        f"{len(ERROR_TABLE):2} errors, {len(ERRORS)} of them ours too, {len(NOT_AN_ERROR)} not applicable",
+    )
     assert len(CONFIGURATIONS) == 5
     assert len(ERROR_TABLE) == len(ERRORS) + len(NOT_AN_ERROR) == 6
