@@ -564,6 +564,16 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
     return unflatten(spec, [take(path, x) for path, x in named.items()])
 
 
+def new_count(params: Any) -> Tensor:
+    """A count at 0, as states keep it: a 0-dim int64 tensor on the device of the first leaf.
+
+    Example:
+        >>> new_count({"w": torch.ones(2)})
+        tensor(0)
+    """
+    return torch.zeros((), dtype=torch.int64, device=next((p.device for p in leaves(params)), None))
+
+
 def checked(tree: Any, name: str, *, empty: bool = False) -> tuple[list[Any], Any]:
     """:func:`flatten`, and an error for what is no tree of tensors: a module, a generator, an empty tree, another leaf.
 

@@ -82,7 +82,7 @@ def clip_by_global_norm(
         return scale(factor).update(updates, ())[0], total
 
     def init(params: Any) -> ClipByGlobalNormState:
-        zero = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
+        zero = tree.new_count(params)
         return ClipByGlobalNormState(widened_scalar(zero), zero)
 
     def update(updates: Any, state: ClipByGlobalNormState, params: Any = None, **extra: Any) -> tuple[Any, ClipByGlobalNormState]:

@@ -88,8 +88,8 @@ def reduce_on_plateau(
     sign = 1 if mode == "min" else -1
 
     def init(params: Any) -> ReduceOnPlateauState:
-        device = next((p.device for p in tree.leaves(params)), None)
-        one, zero = widened_scalar(torch.ones((), device=device)), torch.zeros((), dtype=torch.int64, device=device)
+        zero = tree.new_count(params)
+        one = widened_scalar(torch.ones_like(zero))
         return ReduceOnPlateauState(one, one * sign * float("inf"), zero, zero.clone(), zero.clone(), torch.zeros_like(one))
 
     def decide(metric: Tensor, state: ReduceOnPlateauState) -> ReduceOnPlateauState:

@@ -115,7 +115,7 @@ def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: 
         return value.to(torch.float32, copy=True)
 
     def init(params: Any) -> Any:
-        count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
+        count = tree.new_count(params)
         return kind(count, shown(value_at(count)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:

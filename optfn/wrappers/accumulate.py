@@ -76,7 +76,7 @@ def accumulate(
 
     def init(params: Any) -> AccumulateState:
         tree.checked(params, "accumulate: params")
-        count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
+        count = tree.new_count(params)
         return AccumulateState(count, count.clone(), count.clone(), inner.init(params), tree.map(zeros, params))
 
     def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> tuple[Any, AccumulateState]:

@@ -71,7 +71,7 @@ def ema_params(
 
     def init(params: Any) -> EmaParamsState:
         tree.checked(params, "ema_params: params")
-        count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
+        count = tree.new_count(params)
         return EmaParamsState(count, tree.map(lambda p: p.detach().clone(), tree.cast(params, average_dtype)))
 
     def update(updates: Any, state: EmaParamsState, params: Any = None, **extra: Any) -> tuple[Any, EmaParamsState]:

@@ -48,8 +48,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int |
         raise ValueError(f"max_consecutive_errors must be >= 0 or None, got {max_consecutive_errors}")
 
     def init(params: Any) -> ApplyIfFiniteState:
-        device = next((p.device for p in tree.leaves(params)), None)
-        zero = torch.zeros((), dtype=torch.int64, device=device)
+        zero = tree.new_count(params)
         return ApplyIfFiniteState(zero, torch.ones_like(zero, dtype=torch.bool), zero.clone(), inner.init(params))
 
     def update(updates: Any, state: ApplyIfFiniteState, params: Any = None, **extra: Any) -> tuple[Any, ApplyIfFiniteState]:

@@ -122,9 +122,8 @@ def _injected(
     checked = make(dict.fromkeys(schedules, torch.zeros(())))  # the numbers are checked here, once; what a schedule gives never is
 
     def init(params: Any) -> InjectHyperparamsState:
-        device = next((p.device for p in tree.leaves(params)), torch.device("cpu"))
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        hyperparams = {name: tree.map(torch.clone, as_tensor(value, device)) for name, value in numbers.items()}
+        count = tree.new_count(params)
+        hyperparams = {name: tree.map(torch.clone, as_tensor(value, count.device)) for name, value in numbers.items()}
         scheduled = scheduled_at(count)
         return InjectHyperparamsState(count, hyperparams, scheduled, make({**hyperparams, **scheduled}).init(params))
 
