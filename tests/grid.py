@@ -138,6 +138,7 @@ ROWS = [
         sparse=True,
         but={
             "fullgraph": NO_GRAPH,
+            "donated": NO_GRAPH,
             "one_graph": NO_GRAPH,
             "vmap": NO_BATCH,
             "vmap_lr": NO_BATCH,

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from grid import ROWS, Row
+from interpreted import interpreted
 from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -201,6 +202,27 @@ def fullgraph(row: Row) -> None:
 def one_graph(row: Row) -> None:
     graphs = compiled(row)[2]
     assert graphs == 1, f"{graphs} graphs"
+
+
+@column
+def donated(row: Row) -> None:
+    """As optfn.compile takes a step apart, each part run as it is."""
+    params, grads, h = sample(row, steps=4)
+    tx = row.build(h)
+
+    def step(params: Any, state: Any, grads: Any, extra: Any) -> Any:
+        updates, state = tx.update(grads, state, params, **extra)
+        return optfn.apply_updates(params, updates), state, dense(updates)
+
+    copies = tree.map(lambda x: x.detach().clone(), (params, tx.init(params)))
+    with interpreted():
+        compiled = optfn.compile(step, donate=("params", "state"))
+        state = tx.init(params)
+        for g in grads:
+            *copies, expected = step(*copies, as_given(row, g), row.extra)
+            params, state, updates = compiled(params, state, as_given(row, g), row.extra)
+            assert_same((params, state, updates), (*copies, expected), rtol=1e-14, atol=1e-15)
+        assert compiled._calls.calls[0].program is not None, "the step was not traced"
 
 
 @column

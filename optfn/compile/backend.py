@@ -1,0 +1,61 @@
+"""The torch.compile backend "optfn": Inductor, region by region."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch.fx
+from torch import Tensor
+from torch.fx import GraphModule
+
+from optfn.compile import internals
+from optfn.compile.phases import is_write
+from optfn.compile.regions import split
+
+__all__ = ["backend"]
+
+
+def backend(graph: GraphModule, inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
+    """A backend of :func:`torch.compile`: Inductor, with every region of a graph that occurs again compiled once.
+
+    ``torch.compile(step, backend="optfn")`` gives what ``torch.compile(step)`` gives. A step of many layers compiles in the time of
+    one, and scalars that many tensors read are computed once. Graphs of varying sizes, and those for autograd, go to Inductor
+    whole.
+
+    Args:
+        graph: a graph of Dynamo's.
+        inputs: its example inputs.
+        mode: must be None: modes are Inductor's.
+        options: Inductor's options, as torch.compile takes them.
+
+    Example:
+        >>> torch.compile(torch.sin, backend="optfn")  # doctest: +ELLIPSIS
+        <function sin at ...>
+    """
+    if mode is not None:
+        raise ValueError(f"the backend 'optfn' has no modes, got {mode!r}; use options={{...}} with Inductor's options")
+    return internals.compile_with_inductor(graph, inputs, _inner, options or {})
+
+
+def _inner(whole: Callable[..., Any], module: GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    if not kwargs.get("is_inference") or not _splits(module, inputs):
+        return whole(module, inputs, *args, **kwargs)
+    with internals.no_modes():
+        program = split(module.graph, internals.compile_region)
+    run: Any = lambda values: program(values)  # noqa: E731
+    run._boxed_call = True
+    return run
+
+
+def _splits(module: GraphModule, inputs: Any) -> bool:
+    """Whether a graph is what :func:`split` takes: pure calls on tensors of known sizes, then writes to its inputs."""
+    known = all(isinstance(x, Tensor) and all(type(n) is int for n in (*x.shape, *x.stride())) for x in inputs)
+    return known and all(_is_pure(n) for n in module.graph.nodes)
+
+
+def _is_pure(n: torch.fx.Node) -> bool:
+    if n.op != "call_function":
+        return n.op in ("placeholder", "output")
+    if is_write(n):
+        return n.all_input_nodes[0].op == "placeholder"
+    return n.target is operator.getitem or internals.is_pure(n.target)
