@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -220,6 +221,7 @@ class Optax(Functional):
     compiler = "jax"
 
     def __init__(self, recipe: Recipe, params: Tree, grads: Tree, *, donated: bool) -> None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         optax, self.jax = need("optax"), need("jax")
         lr = optax.warmup_cosine_decay_schedule(0.0, RATE, WARMUP, STEPS, FINAL) if recipe.long else RATE
         mask = (lambda tree: self.jax.tree.map(partial(is_matrix, ""), tree)) if recipe.long else None

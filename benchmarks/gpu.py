@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny trees and few rounds, to see whether everything works")
     parser.add_argument("--only", nargs="+", metavar="PART", help="some of: tests, " + ", ".join(SUITES["gpu"](small=True)))
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for all of it (default: 570)")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds for one process (default: 150)")
+    parser.add_argument("--limit", type=float, default=200.0, help="seconds for one process (default: 200)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results, small: runs/benchmarks)")
     parser.add_argument("--commit", help="that of the library, where this is no checkout")
     args = parser.parse_args(argv)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if "tests" in chosen:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", str(report.ROOT / "tests")]
         found = child("tests", {}, left(), command=command)
-        lines = found.get("output", found.get("failed", "")).strip().splitlines()
+        lines = found.get("output", found.get("failed", "")).strip().splitlines() or ["nothing"]
         results["tests"] = [line for line in lines[:-1] if line.startswith(("FAILED", "ERROR"))][:20] + lines[-1:]
         wrong |= found.get("code") not in (0, NO_TESTS)
         page = written(f"tests: {lines[-1]}")

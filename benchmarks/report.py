@@ -177,7 +177,7 @@ def workload_table(found: dict[str, Any]) -> list[str]:
         copied = found["copy_bytes_per_second"] / 1e9
         text[-1] += f" {found['rounds']} rounds; a copy moved {copied:,.1f} GB/s. {found['date']}, commit {found['commit']}."
     if "failed" in found:
-        return [*text, "", f"**Not measured: {found['failed']}**", ""]
+        text += ["", f"**The steps were not timed: {found['failed']}**"]
     heads = ["", "step, ms", f"÷ {found['reference']}", "bandwidth ÷ copy", "cold compile, s", "warm compile, s", "peak memory, MB"]
     on_gpu = any("launches" in row.get("cold", {}) for row in found["rows"].values())
     heads += ["kernels", "waits for the device", "CUDA graph, ms"] if on_gpu else []
@@ -260,7 +260,7 @@ def plot(results: Results, path: Path) -> None:
     ax.barh(list(rows), [row["floor"] for row in rows.values()], color="#dddddd")
     lefts = [row["floor"] for row in rows.values()]
     ax.barh(list(rows), [row["over"] for row in rows.values()], left=lefts, color=[colour(who) for who in rows])
-    ax.set(title="AdamW, 148 leaves", xlabel="seconds of a cold compile; grey: of a function that does nothing")
+    ax.set(title="AdamW, 148 leaves", xlabel="seconds of a cold compile (grey: the floor)")
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         if not ax.patches:

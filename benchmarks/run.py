@@ -1,6 +1,6 @@
 """Every way to take an optimizer step that we know of, side by side on this machine's CPU.
 
-    python benchmarks/run.py                      all of it, some twenty minutes on two cores
+    python benchmarks/run.py                      all of it
     python benchmarks/run.py --only adamw-148     some of it; the rest of an earlier run's results stays
     python benchmarks/run.py --small              tiny trees, to see whether everything works
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.only or list(suite)
     if unknown := set(chosen) - set(suite):
         parser.error(f"no workload is called {', '.join(sorted(unknown))}; there are {', '.join(suite)}")
-    seconds = args.seconds or (1.0 if args.small else 60.0)
+    seconds = args.seconds if args.seconds is not None else 1.0 if args.small else 60.0
     out = args.out or report.ROOT / ("runs/benchmarks" if args.small else "benchmarks/results")
     name = report.file_name("cpu")
     try:

@@ -248,13 +248,15 @@ def on_gpu(*, small: bool = False) -> dict[str, Workload]:
     """What ``gpu.py`` measures, the most important first."""
     medium, large = (TINY,) * 2 if small else (gpt(12, 768, 50257, 1024), gpt(48, 1600, 50257, 1024))
     eager, two, probed = (c.FUSED, c.FOREACH, c.EAGER, c.DONATED), (c.FUSED, c.DONATED), (c.DONATED,)
+    compiled = (c.FUSED, c.OPT_STEP, c.PLAIN, c.BACKEND, c.DONATED)
     found = {
-        "gpt2-adamw": tree("AdamW, GPT-2 small", medium, FEW, (c.DONATED, c.FUSED)),
+        "gpt2-adamw": tree("AdamW, GPT-2 small", medium, eager, (c.DONATED, c.FUSED)),
         "gpt2-xl-adamw": tree("AdamW, GPT-2 XL", large, two, probed),
         "gpt2-long": tree("The long chain, GPT-2 small", medium, eager, probed, clip=True, long=True),
         "gpt2-clip": tree("Clipping and AdamW, GPT-2 small", medium, eager, probed, clip=True),
         "gpt2-xl-long": tree("The long chain, GPT-2 XL", large, two, probed, clip=True, long=True),
         "gpt2-xl-clip": tree("Clipping and AdamW, GPT-2 XL", large, two, probed, clip=True),
+        "gpt2-compiled": tree("AdamW, GPT-2 small, compiled in other ways", medium, compiled, (c.OPT_STEP,)),
     }
     return unprobed(found) if small else found
 
