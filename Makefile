@@ -3,10 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo bench test lint types docs clean
 
 demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+bench: $(VENV)/bench.installed ## optimizer steps, compile times and memory beside torch, TorchOpt, Optax and HeavyBall
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 test: $(VENV)/dev.installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
