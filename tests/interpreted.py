@@ -29,5 +29,5 @@ def interpreted() -> Iterator[list[torch.fx.Graph]]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(internals, "compile_region", compile_region)
+        patch.setattr(internals, "compile_regions", lambda regions: [compile_region(*region) for region in regions])
         yield graphs

@@ -41,7 +41,7 @@ def _inner(whole: Callable[..., Any], module: GraphModule, inputs: Any, *args: A
     if not kwargs.get("is_inference") or not _splits(module, inputs):
         return whole(module, inputs, *args, **kwargs)
     with internals.no_modes():
-        program = split(module.graph, internals.compile_region)
+        program = split(module.graph, internals.compile_regions)
     run: Any = lambda values: program(values)  # noqa: E731
     run._boxed_call = True
     return run

@@ -5,6 +5,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.fx
@@ -18,7 +19,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "available",
-    "compile_region",
+    "compile_regions",
     "compile_with_inductor",
     "decompositions",
     "fake_mode",
@@ -37,6 +38,7 @@ _NEEDED = {
     "torch._C._dynamo.guards": ("GlobalStateGuard", "TensorGuards"),
     "torch._functorch.config": ("patch",),
     "torch._guards": ("TracingContext", "tracing"),
+    "torch._inductor.async_compile": ("AsyncCompile",),
     "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
     "torch._inductor.decomposition": ("select_decomp_table",),
     "torch._inductor.fx_passes.joint_graph": ("joint_graph_passes",),
@@ -94,12 +96,31 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Generate code for a graph of ATen operators. The function empties the list of inputs that it is given."""
+def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Callable[[list[Any]], Sequence[Any]]]:
+    """Generate code for graphs of ATen operators with these fake inputs.
+
+    The C++ compiler works on one while the code of the next is generated; the largest is the first.
+
+    Returns:
+        Functions that empty the list of inputs that they are given.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    _lower_copies()
+    waiting: list[Callable[[], None]] = []
+    wait = AsyncCompile.wait
+    by_size = sorted(range(len(graphs)), key=lambda i: -len(graphs[i][0].nodes))
+    with mock.patch.object(AsyncCompile, "wait", lambda self, scope: waiting.append(lambda: wait(self, scope))):
+        made = {i: _compile_region(*graphs[i]) for i in by_size}
+    for ready in waiting:
+        ready()
+    return [made[i] for i in range(len(graphs))]
+
+
+def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
 
-    _lower_copies()
     module = torch.fx.GraphModule({}, graph)
     output: Any = next(n for n in graph.nodes if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))

@@ -29,7 +29,8 @@ from optfn.compile.scalars import together
 __all__ = ["Program", "split"]
 
 aten = torch.ops.aten
-CompileRegion = Callable[[Graph, list[Any]], Callable[[list[Any]], Sequence[Any]]]
+Compiled = Callable[[list[Any]], Sequence[Any]]
+CompileRegions = Callable[[list[tuple[Graph, list[Any]]]], list[Compiled]]
 
 # Bytes that one call should move at least: it costs some 10 microseconds, in which two cores move half of this.
 _CALL_BYTES = 1 << 20
@@ -81,21 +82,20 @@ class _Component(NamedTuple):
     key: Any
 
 
-def split(graph: Graph, compile_region: CompileRegion) -> Program:
+def split(graph: Graph, compile_regions: CompileRegions) -> Program:
     """Compile a graph region by region.
 
     Args:
         graph: a graph of ATen operators with fake tensors in ``meta["val"]``; it may write to its inputs by ``copy_``, as the last
             thing that it does to them.
-        compile_region: makes a function of the list of inputs from such a graph and its fake inputs.
+        compile_regions: makes functions of the list of inputs from such graphs and their fake inputs.
     """
-    return _Splitter(*together(graph, phases_of(graph)), compile_region).program()
+    return _Splitter(*together(graph, phases_of(graph))).program(compile_regions)
 
 
 class _Splitter:
-    def __init__(self, graph: Graph, phases: Phases, compile_region: CompileRegion) -> None:
+    def __init__(self, graph: Graph, phases: Phases) -> None:
         self.kind, self.phase, self.model = phases
-        self.compile_region = compile_region
         nodes = list(graph.nodes)
         self.order = {n: i for i, n in enumerate(nodes)}
         self.final: list[Any] = list(next(n for n in nodes if n.op == "output").args[0])
@@ -109,7 +109,8 @@ class _Splitter:
         self.packs = [n for n in nodes if self.kind.get(n) == "pack" and n in self.live]
         self.pack_of = {a: n for n in self.packs for a in n.all_input_nodes}
         self.component: dict[Node, Any] = {}
-        self.compiled: dict[Any, Any] = {}
+        self.regions: dict[Any, tuple[int, _Region]] = {}
+        self.compiled: list[Compiled] = []
         self.steps: list[Any] = []
         self.calls = 0
 
@@ -121,7 +122,7 @@ class _Splitter:
                 live.update(n.all_input_nodes)
         return live
 
-    def program(self) -> Program:
+    def program(self, compile_regions: CompileRegions) -> Program:
         found: dict[int, list[list[Node]]] = {p: self.components(nodes, p) for p, nodes in self.by_phase.items()}
         for p in sorted(found):
             components = [self.describe(nodes) for nodes in found[p]]
@@ -144,6 +145,7 @@ class _Splitter:
             for pack, parts in vectors.items():
                 self.pack(pack, parts)
         results = [self.slots[a] if isinstance(a, Node) else (a,) for a in self.final]
+        self.compiled += compile_regions([region.graph() for _, region in self.regions.values()])
         return Program(self.steps, self.size, results, len(self.compiled), self.calls)
 
     def slot(self) -> int:
@@ -204,14 +206,11 @@ class _Splitter:
         return _Component(nodes, results, packed, list(inputs), tuple(key))
 
     def call(self, region: "_Region", slots: list[int], outs: list[int]) -> None:
-        key = region.key
-        if key not in self.compiled:
-            self.compiled[key] = self.compile_region(*region.graph())
-        compiled = self.compiled[key]
+        i, compiled = self.regions.setdefault(region.key, (len(self.regions), region))[0], self.compiled
         self.calls += 1
 
         def step(values: list[Any]) -> None:
-            for out, x in zip(outs, compiled([values[i] for i in slots]), strict=True):
+            for out, x in zip(outs, compiled[i]([values[slot] for slot in slots]), strict=True):
                 values[out] = x
 
         self.steps.append(step)

@@ -215,7 +215,7 @@ class _Call:
             return
         self.results = _write(traced.graph, targets)
         self.structure = structure
-        self.program = split(traced.graph, internals.compile_region)
+        self.program = split(traced.graph, internals.compile_regions)
 
     def run(self, tensors: list[Tensor]) -> Any:
         assert self.program is not None
