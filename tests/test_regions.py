@@ -1,6 +1,8 @@
 """How a step is taken apart: the same values whatever the graph, and as few distinct regions as there are distinct leaves."""
 
 import random
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,13 @@ from interpreted import interpreted
 from torch import Tensor
 
 import optfn
+from optfn.compile import internals, regions
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -83,3 +87,264 @@ def test_any_program_taken_apart_gives_the_same(seed: int) -> None:
             assert all(x is y for x, y in zip(new, tensors, strict=True))
             tensors = [x.copy_(torch.tanh(x)) for x in new]
     assert step._calls.calls[0].program is not None
+
+
+# How much is compiled and called
+
+
+def gpt(layers: int, width: int = 8) -> dict[str, Tensor]:
+    """The parameters of a small GPT, by the names of a module."""
+    of_layer = {
+        "ln_1.weight": (width,),
+        "ln_1.bias": (width,),
+        "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,),
+        "attn.out.weight": (width, width),
+        "attn.out.bias": (width,),
+        "ln_2.weight": (width,),
+        "ln_2.bias": (width,),
+        "mlp.up.weight": (4 * width, width),
+        "mlp.up.bias": (4 * width,),
+        "mlp.down.weight": (width, 4 * width),
+        "mlp.down.bias": (width,),
+    }
+    shapes = {f"blocks.{i}.{name}": shape for i in range(layers) for name, shape in of_layer.items()}
+    shapes |= {"token.weight": (40, width), "position.weight": (16, width), "ln.weight": (width,), "ln.bias": (width,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def matrices(path: str, p: Tensor) -> bool:
+    return p.ndim >= 2
+
+
+def long_chain() -> optfn.GradientTransformation:
+    return optfn.chain(
+        optfn.clip_by_global_norm(1.0),
+        optfn.scale_by_adam(),
+        optfn.add_decayed_weights(0.1, mask=matrices),
+        optfn.scale_by_learning_rate(optfn.warmup_cosine_decay_schedule(0.0, 0.1, 3, 10)),
+        optfn.ema_params(0.9),
+    )
+
+
+def step_of(tx: optfn.GradientTransformation) -> Callable[..., Any]:
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optfn.apply_updates(params, updates), state
+
+    return step
+
+
+# Regions of tensors: a layer and what is in no layer, for the norms and for the updates; and one of scalars.
+CHAINS = {
+    "sgd": (lambda: optfn.sgd(0.1, momentum=0.9), 3),
+    "adamw": (lambda: optfn.adamw(), 3),
+    "clip": (lambda: optfn.chain(optfn.clip_by_global_norm(1.0), optfn.adamw()), 5),
+    "long": (long_chain, 5),
+}
+
+
+@pytest.mark.parametrize("layers", [6, 12, 24])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_deeper_model_has_the_same_regions(name: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are different leaves, and a call for each layer in each phase, and for the rest."""
+    monkeypatch.setattr(regions, "_CALL_BYTES", 1)  # so that a small layer is worth a call of its own
+    make, expected = CHAINS[name]
+    tx, params = make(), gpt(layers)
+    state, step = tx.init(params), step_of(tx)
+    wanted = step(*copies((params, state)), params)
+    with interpreted() as graphs:
+        compiled = optfn.compile(step, donate=("params", "state"))
+        got = compiled(params, state, copies(params))
+    program = compiled._calls.calls[0].program
+    assert program.regions == len(graphs) == expected
+    assert program.calls == (expected // 2) * (layers + 1) + 1
+    assert max(len(list(graph.nodes)) for graph in graphs) < 40 * 12
+    for x, y in zip(optfn.tree.leaves(got), optfn.tree.leaves(wanted), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_small_leaves_share_calls() -> None:
+    params = {str(i): torch.randn(100, 50) for i in range(20)}
+    tx = optfn.adamw()
+    with interpreted():
+        compiled = optfn.compile(step_of(tx), donate=("params", "state"))
+        compiled(params, tx.init(params), copies(params))
+    assert compiled._calls.calls[0].program.calls <= 3
+
+
+def test_scalars_of_many_leaves_are_one_vector() -> None:
+    """The counts, corrections and norms of 76 leaves, in one region of a few nodes."""
+    params = gpt(6)
+    tx = CHAINS["clip"][0]()
+    with interpreted() as graphs:
+        optfn.compile(step_of(tx), donate=("params", "state"))(params, tx.init(params), copies(params))
+    (scalars,) = [g for g in graphs if all(n.meta["val"].ndim < 2 for n in g.nodes if n.op == "placeholder") and len(g.nodes) < 40]
+    assert any(n.target is torch.ops.aten.expm1.default for n in scalars.nodes)
+    others = [n for g in graphs if g is not scalars for n in g.nodes]
+    assert not any(n.target is torch.ops.aten.expm1.default for n in others)
+
+
+def test_a_hundred_steps_with_another_rate_each_are_compiled_once() -> None:
+    def eager(params: Any, state: Any, grads: Any, lr: Tensor) -> Any:
+        updates, state = optfn.chain(optfn.clip_by_global_norm(1.0), optfn.adamw(lr)).update(grads, state, params)
+        return optfn.apply_updates(params, updates), state
+
+    params = {"w": torch.randn(5, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    state = optfn.chain(optfn.clip_by_global_norm(1.0), optfn.adamw()).init(params)
+    wanted = copies((params, state))
+    with interpreted() as graphs:
+        step = optfn.compile(eager, donate=("params", "state"))
+        for i in range(100):
+            lr, grads = torch.tensor(0.1 / (1 + i), dtype=torch.float64), copies(wanted[0])
+            wanted = eager(*wanted, grads, lr)
+            params, state = step(params, state, grads, lr)
+            if i == 0:
+                compiled = len(graphs)
+    assert len(graphs) == compiled
+    same((params, state), wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+# Who traces
+
+
+def test_a_binding_that_changes_is_seen() -> None:
+    scale = 2.0
+
+    def double(p: Tensor) -> Tensor:
+        return p * scale
+
+    with interpreted() as graphs:
+        step = optfn.compile(lambda p: double(p) + 1, donate="p")
+        assert step(torch.ones(2)).tolist() == [3.0, 3.0]
+        scale = 10.0
+        assert step(torch.ones(2)).tolist() == [11.0, 11.0]
+        assert step(torch.ones(2)).tolist() == [11.0, 11.0]
+    assert len(graphs) == 2
+
+
+def test_a_tensor_that_the_function_finds_is_read_at_every_step() -> None:
+    rate = torch.tensor(0.1)
+    with interpreted() as graphs:
+        step = optfn.compile(lambda p, g: p - rate * g, donate="p")
+        for value in (0.5, 0.25, 2.0):
+            rate.fill_(value)
+            assert step(torch.ones(2), torch.ones(2)).tolist() == [1 - value] * 2
+    assert len(graphs) == 1
+
+
+class Settings:
+    scale = 2.0
+
+
+settings_list = [2.0]
+CHANGING: dict[str, Callable[[], tuple[Callable[[Tensor], Tensor], Callable[[], None]]]] = {
+    "an object": lambda: (lambda s: (lambda p: p * s.scale, lambda: setattr(s, "scale", 3.0)))(Settings()),
+    "a list": lambda: (lambda s: (lambda p: p * s[0], lambda: s.__setitem__(0, 3.0)))([2.0]),
+    "a dict": lambda: (lambda s: (lambda p: p * s["a"], lambda: s.update(a=3.0)))({"a": 2.0}),
+    "a global list": lambda: (lambda p: p * settings_list[0], lambda: settings_list.__setitem__(0, 3.0)),
+    "a list behind a function": lambda: (lambda s: (lambda g: (lambda p: g(p), lambda: s.__setitem__(0, 3.0)))(lambda p: p * s[0]))(
+        [2.0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_may_change_unseen_is_left_to_dynamo(name: str) -> None:
+    fn, change = CHANGING[name]()
+    with interpreted():
+        step = optfn.compile(fn, donate=0)
+        assert step(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert step._calls.calls[0].program is None
+        change()
+        assert step(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+def test_numbers_and_sizes_that_vary_are_left_to_dynamo() -> None:
+    with interpreted():
+        step = optfn.compile(lambda p, x, k: p + x.sum() * k, donate="p")
+        for k, n in ((1.0, 3), (2.0, 3), (2.0, 4), (3.5, 5), (1.0, 3)):
+            assert step(torch.zeros(2), torch.ones(n), k).tolist() == [k * n] * 2
+    assert [call.program is not None for call in step._calls.calls].count(True) == 1
+
+
+def test_autocast_and_gradients_are_those_of_the_call() -> None:
+    """What is compiled under one global state is not used under another."""
+    p, x = torch.zeros(2, 2), torch.full((2, 2), 1 + 2**-10)
+    step = optfn.compile(lambda p, x: p + (x @ x).float(), donate="p")
+    with interpreted():
+        plain = step(p, x).clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = step(p.zero_(), x).clone()
+    assert torch.equal(plain, x @ x)
+    assert torch.equal(rounded, torch.full((2, 2), 2.0))
+
+
+def test_donated_tensors_are_known_to_have_changed() -> None:
+    """Autograd notices that a saved tensor was overwritten, as it does after any write in place."""
+    p = torch.ones(2, requires_grad=True)
+    with interpreted():
+        loss = p.square().sum()
+        optfn.compile(lambda p: p * 2, donate="p")(p)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_moved_tensors_are_looked_at() -> None:
+    buffer = torch.zeros(12)
+    with interpreted():
+        step = optfn.compile(lambda p, x: (p + x.sum(), x.sum()), donate="p")
+        for p, x in ((buffer[:3], buffer[3:6]), (buffer[6:9], buffer[:3]), (buffer[6:9], buffer[9:])):
+            step(p, x)
+        for x in (buffer[7:10], buffer[4:7], buffer[6:9]):
+            before = buffer.clone()
+            with pytest.raises(ValueError, match="'[px]' and '[px]' share memory"):
+                step(buffer[6:9], x)
+            assert torch.equal(buffer, before)
+        assert step._calls.calls[0].program is not None
+
+
+# The backend, and torches that it does not know
+
+
+def test_the_backend_is_found_by_name() -> None:
+    assert "optfn" in torch._dynamo.list_backends(exclude_tags=())
+    with interpreted() as graphs:
+        step = torch.compile(lambda x, y: (x.sin() * y.norm(), y * 2), backend="optfn", fullgraph=True)
+        x, y = torch.randn(3), torch.randn(3)
+        with torch.no_grad():
+            same(step(x, y), (x.sin() * y.norm(), y * 2))
+    assert graphs
+    with pytest.raises(Exception, match="the backend 'optfn' has no modes, got 'max-autotune'"):
+        torch.compile(torch.sin, backend="optfn", mode="max-autotune")(torch.ones(1))
+
+
+@pytest.mark.codegen
+def test_the_backend_records_for_autograd() -> None:
+    model = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, backend="optfn", fullgraph=True)(x).square().sum().backward()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.codegen
+def test_an_unknown_torch_is_named_once_and_steps_still_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(internals._NEEDED, "torch._guards", ("no_such_name",))
+    internals.available.cache_clear()
+    with pytest.warns(UserWarning, match=f"does not know torch {re.escape(torch.__version__)}, where torch._guards lacks no_such"):
+        step = optfn.compile(lambda a, b: (b, a + 1), donate=(0, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optfn.compile(lambda p: p, donate=0)
+    a, b = torch.zeros(2), torch.ones(2)
+    for _ in range(2):
+        expected = (b.clone(), a + 1)
+        assert step(a, b)[0] is a
+        same((a, b), expected)
+    monkeypatch.undo()
+    internals.available.cache_clear()

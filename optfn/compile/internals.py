@@ -45,7 +45,6 @@ _NEEDED = {
     "torch._inductor.lowering": ("clone", "fallback_handler", "register_lowering"),
     "torch._inductor.virtualized": ("V",),
     "torch._subclasses.fake_tensor": ("FakeTensorMode",),
-    "torch.fx.experimental.symbolic_shapes": ("ShapeEnv",),
     "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
 }
 
@@ -78,9 +77,8 @@ def is_pure(target: Any) -> bool:
 def fake_mode() -> Any:
     """A mode in which calls give fake tensors, which have no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_of(mode: Any, x: Tensor) -> Any:

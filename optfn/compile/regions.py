@@ -375,7 +375,7 @@ def _deal(components: list[_Component]) -> list[list[_Component]]:
         return sum(count // rounds + count % rounds for count in counts)
 
     calls = range(1, max(counts) + 1)
-    few = [n for n in calls if n == 1 or sum(map(_bytes, components)) >= n * _CALL_BYTES]
+    few = range(1, max(1, min(max(counts), sum(map(_bytes, components)) // _CALL_BYTES)) + 1)
     rounds = min(few, key=distinct)
     if distinct(rounds) > _REGION_LEAVES:
         rounds = min(calls, key=distinct)
