@@ -119,8 +119,8 @@ def replacements(leaves: list[Any], spec: Any, given: list[tuple[str, Any]]) -> 
 
 
 @torch.library.custom_op("optfn::copy", mutates_args=())
-def copy(x: Tensor, apart: bool = False) -> Tensor:
-    """A copy that is made before the graph writes to ``x``; ``apart``, it lies in memory of its own while the graph runs.
+def copy(x: Tensor) -> Tensor:
+    """A copy that is made before the graph writes to ``x``.
 
     Inductor takes for an input itself whatever it can see to equal it (a clone, a slice of everything, the half of a
     concatenation), also where the input is overwritten before that is used, as in ``a, b = b, a`` (seen in torch 2.13).
@@ -130,7 +130,7 @@ def copy(x: Tensor, apart: bool = False) -> Tensor:
 
 
 @copy.register_fake
-def _(x: Tensor, apart: bool = False) -> Tensor:
+def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -149,13 +149,8 @@ def _lower_copies() -> None:
     op = torch.ops.optfn.copy.default
     call = lowering.fallback_handler(op, add_to_fallback_set=False)
 
-    def lower(x: Any, apart: bool = False) -> Any:
-        if x.get_dtype().is_complex:
-            return call(x, apart)
-        result = lowering.clone(x)
-        if apart:
-            result.realize()
-        return result
+    def lower(x: Any) -> Any:
+        return call(x) if x.get_dtype().is_complex else lowering.clone(x)
 
     lowering.register_lowering(op, type_promotion_kind=None)(lower)
     assert copy  # its module defines the operator

@@ -71,6 +71,7 @@ class _Component(NamedTuple):
         nodes: in the order of the graph.
         results: those of the nodes that others read.
         packed: those that a vector of results holds.
+        late: writes that are made after the region has been computed, each of one of its results.
         inputs: what the nodes read, in order of use.
         key: equal for components that do the same to inputs of the same kind.
     """
@@ -78,6 +79,7 @@ class _Component(NamedTuple):
     nodes: list[Node]
     results: list[Node]
     packed: list[Node]
+    late: list[Node]
     inputs: list[Node]
     key: Any
 
@@ -126,7 +128,9 @@ class _Splitter:
         found: dict[int, list[list[Node]]] = {p: self.components(nodes, p) for p, nodes in self.by_phase.items()}
         for p in sorted(found):
             components = [self.describe(nodes) for nodes in found[p]]
-            buckets = _deal(components) if p % 2 == 0 else [components]
+            # What writes late is in no region with what writes in it.
+            kinds = [[c for c in components if bool(c.late) is late] for late in (False, True)]
+            buckets = [bucket for found in kinds if found for bucket in (_deal(found) if p % 2 == 0 else [found])]
             vectors: dict[Node, list[tuple[list[Node], int]]] = {}  # parts of each pack: its members, and their slot
             rows: dict[Node, list[tuple[list[int], int]]] = {}  # parts of each vector that a region is handed
             regions = [_Region(self, bucket) for bucket in buckets]
@@ -142,6 +146,7 @@ class _Splitter:
                     outs.append(self.slot())
                     vectors.setdefault(pack, []).append((members, outs[-1]))
                 self.call(region, slots, outs)
+                self.write([n for c in region.components for n in c.late])
             for pack, parts in vectors.items():
                 self.pack(pack, parts)
         results = [self.slots[a] if isinstance(a, Node) else (a,) for a in self.final]
@@ -176,6 +181,8 @@ class _Splitter:
         return found
 
     def describe(self, nodes: list[Node]) -> _Component:
+        late = [n for n in nodes if is_write(n)] if self.mixes(nodes) else []
+        nodes = [n for n in nodes if n not in late]
         inside = {n: i for i, n in enumerate(nodes)}
         inputs: dict[Node, int] = {}
 
@@ -203,7 +210,15 @@ class _Splitter:
             if n in self.pack_of:
                 packed.append(n)
             key.append((str(n.target), name(n.args), name(n.kwargs), given, n in self.pack_of))
-        return _Component(nodes, results, packed, list(inputs), tuple(key))
+        return _Component(nodes, results, packed, late, list(inputs), tuple(key))
+
+    def mixes(self, nodes: list[Node]) -> bool:
+        """Whether Inductor may get reads and writes of an input in the wrong order in these nodes."""
+        if any(_is_complex(a) for n in nodes for a in (n, *n.all_input_nodes)):
+            return True  # it calls torch for views that are complex, and does not see that they change with the input
+        written = {n.all_input_nodes[0] for n in nodes if is_write(n)}
+        readers = [(n, a) for n in nodes if not is_write(n) for a in written.intersection(self.roots(n))]
+        return not KEEPS_ORDER and not all(_is_entry_by_entry(n, a) for n, a in readers)
 
     def call(self, region: "_Region", slots: list[int], outs: list[int]) -> None:
         i, compiled = self.regions.setdefault(region.key, (len(self.regions), region))[0], self.compiled
@@ -214,6 +229,16 @@ class _Splitter:
                 values[out] = x
 
         self.steps.append(step)
+
+    def write(self, late: list[Node]) -> None:
+        pairs = [(self.slots[n.all_input_nodes[0]], self.slots[n.all_input_nodes[1]]) for n in late]
+
+        def step(values: list[Any]) -> None:
+            for old, new in pairs:
+                values[old].copy_(values[new])
+
+        if pairs:
+            self.steps.append(step)
 
     def pack(self, vector: Node, parts: list[tuple[list[Node], int]]) -> None:
         """A vector of results, in the order of the graph, from the parts that the regions give."""
@@ -301,29 +326,14 @@ class _Region:
                 env[a] = graph.call_function(aten.select.int, (source, 0, entry))
                 env[a].meta["val"] = a.meta["val"]
                 return env[a]
-            return env["node", a]
+            if ("node", a) in env:
+                return env["node", a]
+            env[a] = graph.node_copy(a, find)  # free
+            return env[a]
 
-        written = {n.all_input_nodes[0] for c in self.components for n in c.nodes if is_write(n)}
-        nodes = [n for c in self.components for n in c.nodes]
-        mixed = any(_is_complex(n) for n in (*nodes, *(a for n in nodes for a in n.all_input_nodes)))
-
-        def before(n: Node, a: Node) -> Node:
-            """What a node reads of an input that the region writes to."""
-            if a not in written or is_write(n) or not (mixed or (not KEEPS_ORDER and not _is_entry_by_entry(n, a))):
-                return find(a)
-            if ("before", a) not in env:
-                env["before", a] = graph.call_function(torch.ops.optfn.copy.default, (find(a), True))
-                env["before", a].meta["val"] = a.meta["val"]
-            return env["before", a]
-
-        def copy(n: Node) -> Node:
-            for a in n.all_input_nodes:
-                if self.kind[a] == "free" and a not in env:
-                    env[a] = copy(a)
-            return graph.node_copy(n, lambda a: before(n, a))
-
-        for n in nodes:
-            env[n] = copy(n)
+        for c in self.components:
+            for n in c.nodes:
+                env[n] = graph.node_copy(n, find)
         results = [env[n] for n in self.results]
         for vector, members in self.packs.items():
             entries = [graph.call_function(aten.unsqueeze.default, (env[n], 0)) for n in members]
@@ -337,13 +347,13 @@ class _Region:
 
 
 def _is_complex(n: Node) -> bool:
-    """Whether Inductor has no code of its own for a node, and may not see that a view of an input changes with the input."""
     return isinstance(x := n.meta["val"], Tensor) and x.is_complex()
 
 
 def _is_entry_by_entry(n: Node, a: Node) -> bool:
     """Whether each entry of a result needs the entry of the input at that place alone."""
-    return torch.Tag.pointwise in getattr(n.target, "tags", ()) and n.meta["val"].shape == a.meta["val"].shape
+    known = torch.Tag.pointwise in getattr(n.target, "tags", ()) or n.target is torch.ops.optfn.copy.default
+    return known and a in n.all_input_nodes and n.meta["val"].shape == a.meta["val"].shape
 
 
 def _metadata(x: Any) -> Any:

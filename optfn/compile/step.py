@@ -92,7 +92,7 @@ def _by_dynamo(
     fn: Callable[..., Any], donated: list[tuple[int, str]], backend: str | Callable[..., Any]
 ) -> Callable[[inspect.BoundArguments], Any]:
     """The step by torch.compile."""
-    in_graph = backend in ("eager", "aot_eager", backend_of_regions.backend)
+    in_graph = backend in ("eager", "aot_eager") or (backend is backend_of_regions.backend and internals.KEEPS_ORDER)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = fn(*args, **kwargs)
