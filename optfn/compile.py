@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor
 from torch._dynamo import lookup_backend
 
-from optfn import tree
+from optfn import rows, tree
 
 __all__ = ["compile"]
 
@@ -73,11 +73,21 @@ def compile(
         _lower_copies()
     compiled = torch.compile(step, fullgraph=True, backend=_apart(backend) if donated else backend)
 
+    def on_rows(bound: inspect.BoundArguments) -> Any:
+        if not donated:
+            return fn(*bound.args, **bound.kwargs)
+        given = [(name, bound.arguments[name]) for _, name in donated if name in bound.arguments]
+        return rows.step_on_rows(
+            fn, bound.args, bound.kwargs, tree.leaves([x for _, x in given]), lambda leaves, spec: _targets(leaves, spec, given)
+        )
+
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         if donated:
             _check_memory(bound.arguments, {name for _, name in donated})
+        if rows.holds_sparse(bound.arguments):
+            return on_rows(bound)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not donated):
             try:
                 result, late = compiled(bound.args, bound.kwargs)
@@ -210,7 +220,7 @@ def _targets(leaves: list[Any], spec: Any, given: list[tuple[str, Any]]) -> dict
         y = leaves[i]
         if x is None or not isinstance(y, Tensor):
             return x is None and y is None
-        return i not in targets and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+        return i not in targets and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and y.layout == torch.strided
 
     rest: list[tuple[str, Any]] = []
     for name, argument in given:
