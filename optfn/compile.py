@@ -38,6 +38,12 @@ def compile(
     With ``donate`` the step records nothing for autograd (``torch.func`` transforms inside ``fn`` work as ever), and no
     tensor of the result shares memory with another or with an argument that is not donated.
 
+    A call with a sparse COO tensor among its arguments, such as the gradient of an embedding, is not compiled, as torch.compile
+    takes none: all of it runs eagerly, its dense leaves too. Donated, it still writes in place, and costs what the touched
+    rows cost: of a tensor with a sparse argument's shape, what :func:`apply_updates` and :func:`sparse_masked` change (and
+    ``index_put``, ``index_copy``, ``index_add`` of rows) is written where it lies, and no second table is made, unless
+    the step itself reads the whole of the new one.
+
     Args:
         fn: a pure function of trees of tensors.
         donate: the names or positions of the arguments to donate.

@@ -201,7 +201,7 @@ def _in_place_on_the_new(a: Tensor, b: Tensor, g: Tensor) -> Any:
     new, other = a + g, b + g
     new.mul_(2)
     other[0].fill_(7.0)
-    return new, other
+    return new + g, other
 
 
 def _read_as_memory(a: Tensor, b: Tensor, g: Tensor) -> Any:
@@ -242,6 +242,7 @@ STEPS_OF_TWO: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     ),
     "passed on": lambda a, b, g: (a, b + g),
     "swapped": lambda a, b, g: (b, a),
+    "swapped views": lambda a, b, g: (b[...], a.detach(), b.view_as(b)),
     "swapped, then written": lambda a, b, g: (b + g, a + g),
     "old beside new": lambda a, b, g: (a + g, b - g, a, b, a.t(), b[1:3]),
     "new beside new": lambda a, b, g: (n := a + g, b, n, n.t(), n),
@@ -304,6 +305,24 @@ def test_every_pure_step_is_right(name: str, layout: Callable[[Tensor], Tensor])
         tensors = [x for x in optfn.tree.leaves([*got, [g._values(), g._indices()]]) if isinstance(x, Tensor) and x.numel()]
         assert all(type(x) is Tensor for x in tensors)
         assert len({x.untyped_storage().data_ptr() for x in tensors}) == len(tensors), "results share memory"
+
+
+def test_dense_tensors_beside_a_table() -> None:
+    """They are the arguments themselves, and are read before they are written."""
+
+    seen: list[Any] = []
+
+    def fn(p: dict[str, Tensor], g: Tensor) -> Any:
+        seen.append(p["u"])
+        return {"rows": p["rows"] + g, "u": p["v"], "v": p["u"][:], "w": p["w"].lerp(p["u"], 0.5)}, p["u"], p["w"].mean()
+
+    g = torch.sparse_coo_tensor([[2, 2]], torch.randn(2, 2), (6, 2))
+    p = {"rows": torch.randn(6, 2), **{name: torch.randn(3) for name in "uvw"}}
+    held, wanted = dict(p), fn(copies(p), g)
+    got = donated(fn, "p")(p, g)
+    same(got, wanted)
+    assert all(got[0][name] is x for name, x in held.items())
+    assert seen[-1] is held["u"]
 
 
 def test_a_sparse_result_replaces_no_table() -> None:
