@@ -138,7 +138,6 @@ ROWS = [
         sparse=True,
         but={
             "fullgraph": NO_GRAPH,
-            "donated": NO_GRAPH,
             "one_graph": NO_GRAPH,
             "vmap": NO_BATCH,
             "vmap_lr": NO_BATCH,

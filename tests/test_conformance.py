@@ -222,7 +222,7 @@ def donated(row: Row) -> None:
             *copies, expected = step(*copies, as_given(row, g), row.extra)
             params, state, updates = compiled(params, state, as_given(row, g), row.extra)
             assert_same((params, state, updates), (*copies, expected), rtol=1e-14, atol=1e-15)
-        assert compiled._calls.calls[0].program is not None, "the step was not traced"
+        assert row.sparse or compiled._calls.calls[0].program is not None, "the step was not traced"
 
 
 @column

@@ -94,7 +94,7 @@ def replacements(leaves: list[Any], spec: Any, given: list[tuple[str, Any]]) -> 
         y = leaves[i]
         if x is None or not isinstance(y, Tensor):
             return x is None and y is None
-        return i not in targets and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+        return i not in targets and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and y.layout == torch.strided
 
     rest: list[tuple[str, Any]] = []
     for name, argument in given:

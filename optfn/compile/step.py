@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from optfn import tree
 from optfn.compile import backend as backend_of_regions
-from optfn.compile import internals
+from optfn.compile import internals, rows
 from optfn.compile.closure import Bindings, bindings
 from optfn.compile.donation import Memory, check_memory, donated_arguments, replacements
 from optfn.compile.donation import copy as copied
@@ -45,10 +45,22 @@ def compile(
     With ``donate`` the step records nothing for autograd (``torch.func`` transforms inside ``fn`` work as ever), and no
     tensor of the result shares memory with another or with an argument that is not donated.
 
+    A call with a sparse COO tensor among its arguments, such as the gradient of an embedding, is not compiled, as torch.compile
+    takes none: all of it runs eagerly, its dense leaves too. Donated, it still writes in place, and costs what the touched
+    rows cost: of a tensor with a sparse argument's shape, what :func:`apply_updates` and :func:`sparse_masked` change (and
+    ``index_put``, ``index_copy``, ``index_add`` of rows) is written where it lies, and no second table is made, unless
+    the step itself reads the whole of the new one.
+
+    How it is compiled: with the backend ``"optfn"`` a donated step is taken apart into regions, each distinct one is compiled once,
+    by Inductor, and called as often as it occurs; so it compiles in the time of one layer, however deep the model is. A step
+    that reads nothing that could change but its arguments (numbers, functions and transformations that it closes over cannot,
+    but by being bound anew, which is noticed) is traced by running it once; any other by Dynamo, which takes longer and
+    guards what it reads. So are calls in which numbers, or sizes of what is not donated, differ from those of the first.
+
     Args:
         fn: a pure function of trees of tensors.
         donate: the names or positions of the arguments to donate.
-        backend: a backend of :func:`torch.compile`.
+        backend: a backend of :func:`torch.compile`, ``"optfn"`` by default.
 
     Raises:
         ValueError: when made, if ``donate`` names no argument of ``fn``; when called, if a tensor that is donated appears
@@ -77,8 +89,11 @@ def compile(
             if call is not None and call[0].program is not None:
                 return call[0].run(call[1])
             bound = signature.bind(*args, **kwargs)
-            if donated and call is None:
-                check_memory(bound.arguments, {name for _, name in donated})
+            if call is None:
+                if donated:
+                    check_memory(bound.arguments, {name for _, name in donated})
+                if rows.holds_sparse(bound.arguments):
+                    return _on_rows(fn, donated, bound)
                 call = None if calls is None else calls.add(args, kwargs)
                 if call is not None and call[0].program is not None:
                     return call[0].run(call[1])
@@ -86,6 +101,15 @@ def compile(
 
     run._calls = calls  # type: ignore[attr-defined]
     return run
+
+
+def _on_rows(fn: Callable[..., Any], donated: list[tuple[int, str]], bound: inspect.BoundArguments) -> Any:
+    """The step by itself, where an argument is sparse."""
+    if not donated:
+        return fn(*bound.args, **bound.kwargs)
+    given = [(name, bound.arguments[name]) for _, name in donated if name in bound.arguments]
+    held = tree.leaves([x for _, x in given])
+    return rows.step_on_rows(fn, bound.args, bound.kwargs, held, lambda leaves, spec: replacements(leaves, spec, given))
 
 
 def _by_dynamo(
