@@ -168,7 +168,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """
     dtype = torch.float32
     for x in tensors:
-        if x is not None:
+        if x is not None and x.dtype != dtype:
             dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 
