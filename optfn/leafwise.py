@@ -38,7 +38,9 @@ Sweep = tuple[Each, Callable[[], Any]]
 """What is called for each leaf that has a gradient, and after that what gives the new state."""
 
 
-def lifted(init: Callable[[Any], Any], begin: Callable[[Leaves, Any], Sweep], *, elementwise: bool = False) -> GradientTransformation:
+def lifted(
+    init: Callable[[Any], Any], begin: Callable[[Leaves, Any], Sweep], *, elementwise: bool = False
+) -> GradientTransformation:
     """A transformation that handles one leaf after the other, each by itself; ``update.begin`` is how.
 
     :func:`chain` takes each leaf through all of its links that are lifted before it takes the next one. So what a link
@@ -75,7 +77,7 @@ def leafwise(
     update: Callable[[Tensor, Any, Any, Any], tuple[Tensor, Any]],
     *,
     elementwise: bool = False,
-    at_step: Callable[[Tensor], tuple[Any, ...]] | None = None,
+    at_step: Callable[[Tensor], Any] | None = None,
     needs_params: bool = False,
     sparse: Sparse = "error",
     complex_: Complex = "real",
@@ -93,8 +95,8 @@ def leafwise(
         elementwise: declares that an entry of the result depends on that entry alone, so that
             :func:`sparse_masked` may run the rule on some of the entries.
         at_step: what of the rule depends on its step alone, such as bias corrections, computed for all leaves at once:
-            ``at_step(step) -> (x, y, ...)`` is called with the steps of all leaves in one vector, and the rule is handed the tuple
-            of its leaf's entries as ``step``. What is no vector is handed to each leaf as it is.
+            called with the steps of all leaves in one vector, it gives a vector, or a tuple of them, and the rule is handed its
+            leaf's entry, or the tuple of its entries, as ``step``. What in the tuple is no vector is handed to each leaf as it is.
         needs_params: whether the rule reads ``p``; without it ``p`` is None where no params are given.
         sparse: what a sparse COO gradient is to the rule: an ``"error"`` that names :func:`sparse_masked`; made ``"dense"``
             first; or its ``"values"`` as they lie there, not summed, which a linear rule that does not read ``p`` may take.
@@ -142,7 +144,8 @@ def leafwise(
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
             if not _has_slots(slots[i]):
-                raise ValueError(f"{_where(update, leaves.updates, i)} has an update, but there was no parameter when the state was made")
+                where = _where(update, leaves.updates, i)
+                raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
             values, rebuild = lift.values(leaves, i, g, p, _first_tensor(slots[i]) if elementwise else None)
             dtype = _real_dtype(values, p)
             direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
@@ -177,7 +180,6 @@ def stateless_with_tree_map(
         >>> tx.update({"w": torch.tensor([-3.0, 2.0]), "b": None}, ())
         ({'w': tensor([-1.,  1.]), 'b': None}, ())
     """
-
     lift = _Lift(f, elementwise, needs_params, sparse, complex_)
 
     def begin(leaves: Leaves, state: Any) -> Sweep:
@@ -325,7 +327,7 @@ def _real_dtype(g: Tensor, p: Tensor | None) -> torch.dtype:
 class _Steps:
     """What each leaf's rule is handed as its step, computed for all of them once for each dtype and device of theirs."""
 
-    def __init__(self, step: Tensor, at_step: Callable[[Tensor], tuple[Any, ...]] | None) -> None:
+    def __init__(self, step: Tensor, at_step: Callable[[Tensor], Any] | None) -> None:
         self.step, self.at_step = step, at_step
         self.found: dict[Any, Any] = {}
 
@@ -336,7 +338,7 @@ class _Steps:
         return self.found[key][i]
 
     def all(self, step: Tensor) -> Any:
-        if self.at_step is None:
-            return step.unbind()
-        parts = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in self.at_step(step)]
-        return list(zip(*parts, strict=True))
+        given = self.at_step(step) if self.at_step else step
+        if isinstance(given, Tensor):
+            return given.unbind()
+        return list(zip(*(x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in given), strict=True))

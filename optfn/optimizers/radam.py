@@ -9,7 +9,7 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, bias_correction, debias, lerp, sqrt
+from optfn.numerics import Scalar, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -79,17 +79,24 @@ def scale_by_radam(
     def init(p: Tensor) -> RAdamSlots:
         return RAdamSlots(torch.zeros_like(p), torch.zeros_like(p))
 
-    def update(g: Tensor, slots: RAdamSlots, p: Any, step: Tensor) -> tuple[Tensor, RAdamSlots]:
-        mu, nu = lerp(slots.mu, g, 1 - b1), b2 * slots.nu + (1 - b2) * g.square()
+    def at_step(step: Tensor) -> tuple[Tensor, ...]:
         # In float64 also for float32 leaves: rho is a small difference of large numbers.
         weight = bias_correction(b2, as_time(step))
         rho = longest - 2 * as_time(step) * (1 - weight) / weight
-        trusted = torch.where(rho > threshold, rho, longest)  # where it is not used the root is that of 1
-        rectifier = ((trusted - 4) * (trusted - 2) * longest / ((longest - 4) * (longest - 2) * trusted)).sqrt()
-        root = sqrt(debias(nu, b2, step) + eps_root) + (eps / weight.sqrt() if eps_hat else eps)
-        return debias(mu, b1, step) * torch.where(rho > threshold, rectifier / root, 1), RAdamSlots(mu, nu)
+        trusted, one, zero = rho > threshold, torch.ones_like(rho), torch.zeros_like(rho)
+        rho = torch.where(trusted, rho, longest)  # where it is not used the root is that of 1
+        rectifier = ((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)).sqrt()
+        # Where nu is not to be trusted the root of 0 nu + 1, plus 0, takes its place.
+        share, under = torch.where(trusted, 1 / weight, zero), torch.where(trusted, eps_root, one)
+        offset = torch.where(trusted, eps / weight.sqrt() if eps_hat else eps, zero)
+        return torch.where(trusted, rectifier, one) / bias_correction(b1, step), share, under, offset
 
-    return leafwise(init, update, elementwise=True)
+    def update(g: Tensor, slots: RAdamSlots, p: Any, step: Any) -> tuple[Tensor, RAdamSlots]:
+        size, share, under, offset = step
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        return size * mu / (sqrt(share * nu, under) + offset), RAdamSlots(mu, nu)
+
+    return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
 def radam(

@@ -6,7 +6,7 @@ from optfn.checks import is_zero, number
 from optfn.compose import masked
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar
+from optfn.numerics import Scalar, add_scaled
 
 __all__ = ["add_decayed_weights"]
 
@@ -36,5 +36,5 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> Gradien
     decay = number("weight_decay", weight_decay, at_least=0)
     if is_zero(decay):
         return identity()
-    tx = stateless_with_tree_map(lambda g, p: g + decay * p, needs_params=True)
+    tx = stateless_with_tree_map(lambda g, p: add_scaled(g, p, decay), needs_params=True)
     return tx if mask is None else masked(tx, mask)
