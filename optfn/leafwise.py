@@ -143,10 +143,11 @@ def leafwise(
         steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
-            if not _has_slots(slots[i]):
+            slot = _first_tensor(slots[i])
+            if type(slots[i]) is tuple or (slot is None and len(slots[i])):
                 where = _where(update, leaves.updates, i)
                 raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
-            values, rebuild = lift.values(leaves, i, g, p, _first_tensor(slots[i]) if elementwise else None)
+            values, rebuild = lift.values(leaves, i, g, p, slot if elementwise else None)
             dtype = _real_dtype(values, p)
             direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
             return rebuild(direction) if rebuild else direction
@@ -245,11 +246,14 @@ def _by_leaf(spec: Any, slots: Any) -> list[Any]:
 
 
 def _first_tensor(slots: Any) -> Tensor | None:
-    return next((x for x in slots if isinstance(x, Tensor)), None)
+    for x in slots:
+        if isinstance(x, Tensor):
+            return x
+    return None
 
 
-def _has_slots(slots: Any) -> bool:
-    return type(slots) is not tuple and (len(slots) == 0 or _first_tensor(slots) is not None)
+def _alike(g: Tensor, like: Tensor | None) -> bool:
+    return like is None or (g.shape == like.shape and g.is_complex() == like.is_complex())
 
 
 class _Lift(NamedTuple):
@@ -271,15 +275,15 @@ class _Lift(NamedTuple):
         """What of a gradient the rule is shown, once it is found sound, and how to make an update of the answer if it is none."""
         if p is None and leaves.params is not None:
             raise ValueError(f"{_where(self.rule, leaves.updates, i)} has an update, but no parameter")
-        _check_complex(g, self.complex_, self.rule, leaves.updates, i)
-        if not (g.is_floating_point() or g.is_complex()):
-            raise TypeError(f"{_where(self.rule, leaves.updates, i)} must have a floating-point or complex gradient, got {g.dtype}")
-        for owner, like in (("parameter", p), ("slots", slot)):
-            if like is not None and (g.shape != like.shape or g.is_complex() != like.is_complex()):
-                wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (like, g))
-                raise ValueError(
-                    f"{_where(self.rule, leaves.updates, i)} must have an update like its {owner}, {wanted}, got {given}"
-                )
+        if not g.is_floating_point():
+            _check_complex(g, self.complex_, self.rule, leaves.updates, i)
+            if not g.is_complex():
+                where = _where(self.rule, leaves.updates, i)
+                raise TypeError(f"{where} must have a floating-point or complex gradient, got {g.dtype}")
+        if not (_alike(g, p) and _alike(g, slot)):
+            owner, like = ("slots", slot) if _alike(g, p) else ("parameter", p)
+            wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (like, g) if x is not None)
+            raise ValueError(f"{_where(self.rule, leaves.updates, i)} must have an update like its {owner}, {wanted}, got {given}")
         if g.layout == torch.strided:
             return g, None
         if g.layout == torch.sparse_coo and self.sparse == "dense":
