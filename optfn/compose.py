@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.core import GradientTransformation, identity, is_elementwise, transformation
-from optfn.leafwise import lifted, stateless_with_tree_map
+from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
 
 __all__ = ["MaskedState", "PartitionState", "chain", "freeze", "masked", "maximize", "named_chain", "negate_if", "partition"]
 
@@ -32,7 +32,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     """
     for tx in transformations:
         _check_pair(tx, "chain")
-    begins = [getattr(tx.update, "begin", None) for tx in transformations]
+    begins = [begin_of(tx) for tx in transformations]
     elementwise = all(map(is_elementwise, transformations))
 
     def init(params: Any) -> tuple[Any, ...]:
@@ -43,7 +43,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         if len(state) != len(transformations):
             raise ValueError(f"chain of {len(transformations)} transformations got a state of {len(state)}: make it with this init")
 
-    def begin(leaves: Any, state: tuple[Any, ...]) -> Any:
+    def begin(leaves: Leaves, state: tuple[Any, ...]) -> Sweep:
         check(state)
         links = [link(leaves, s) for link, s in zip(begins, state, strict=True)]
 
@@ -62,7 +62,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     # Links that are lifted and follow each other run as one chain.
     runs: list[list[GradientTransformation]] = []
     for tx, link in zip(transformations, begins, strict=True):
-        if link is not None and runs and hasattr(runs[-1][0].update, "begin"):
+        if link is not None and runs and begin_of(runs[-1][0]) is not None:
             runs[-1].append(tx)
         else:
             runs.append([tx])

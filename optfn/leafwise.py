@@ -15,7 +15,7 @@ from optfn.checks import require, rule_name
 from optfn.core import GradientTransformation, transformation
 from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
 
-__all__ = ["LeafwiseState", "leafwise", "lifted", "stateless_with_tree_map"]
+__all__ = ["LeafwiseState", "Leaves", "Sweep", "begin_of", "leafwise", "lifted", "stateless_with_tree_map"]
 
 Sparse = Literal["error", "dense", "values"]
 Complex = Literal["real", "error"]
@@ -57,6 +57,11 @@ def lifted(
     tx = transformation(init, update, elementwise=elementwise)
     update.begin = begin  # type: ignore[attr-defined]
     return tx
+
+
+def begin_of(tx: GradientTransformation) -> Any:
+    """The ``begin`` of a transformation that is :func:`lifted`, None of any other."""
+    return getattr(tx.update, "begin", None)
 
 
 class LeafwiseState(NamedTuple):

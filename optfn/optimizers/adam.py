@@ -11,7 +11,7 @@ from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
 from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule
-from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
 
 __all__ = ["AdamSlots", "adam", "adamw", "scale_by_adam"]
@@ -93,17 +93,15 @@ def scale_by_adam(
         return AdamSlots(torch.zeros_like(p, dtype=mu_dtype), nu, nu.clone() if amsgrad else ())
 
     def at_step(step: Tensor) -> tuple[Any, ...]:
-        # The corrections of both moments are put into scalars, as at the end of section 2 of the paper.
+        # Both corrections go into scalars, as at the end of section 2 of the paper.
         first, second = bias_correction(b1, step), bias_correction(b2, step)
-        ahead = b1 * first / bias_correction(b1, step + 1) if nesterov else None
-        offset, under = (eps if eps_hat else eps * second.sqrt()), (eps_root if is_zero(eps_root) else eps_root * second)
-        return second, second.sqrt() / first, offset, under, ahead
+        root, under = second.sqrt(), eps_root if is_zero(eps_root) else eps_root * second
+        return second, root / first, eps if eps_hat else eps * root, under, b1 * first / bias_correction(b1, step + 1)
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
         correction, size, offset, under, ahead = step
         mu, nu, nu_max = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2), slots.nu_max
-        first = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu
-        second = nu
+        first, second = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu, nu
         if isinstance(nu_max, Tensor):
             nu_max = torch.maximum(nu_max, nu / correction if amsgrad == "debiased" else nu)
             second = nu_max * correction if amsgrad == "debiased" else nu_max
@@ -151,9 +149,8 @@ def adam(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.9000])}
     """
-    rule, decay = scale_by_adam(*betas, eps=eps, amsgrad=amsgrad), add_decayed_weights(weight_decay, mask)
-    decayed = (rule, decay) if decoupled_weight_decay else (decay, rule)
-    return chain(negate_if(maximize), *decayed, scale_by_learning_rate(lr))
+    rule = scale_by_adam(*betas, eps=eps, amsgrad=amsgrad)
+    return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay, mask), scale_by_learning_rate(lr))
 
 
 def adamw(

@@ -11,7 +11,7 @@ from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
 from optfn.numerics import Scalar, average_square, bias_correction, lerp, sqrt, widened_scalar
 from optfn.schedules import ScalarOrSchedule, as_time
-from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
 
 __all__ = ["NAdamSlots", "nadam", "scale_by_nadam"]
@@ -123,6 +123,5 @@ def nadam(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.8944])}
     """
-    rule, decay = scale_by_nadam(*betas, eps=eps, momentum_decay=momentum_decay), add_decayed_weights(weight_decay)
-    decayed = (rule, decay) if decoupled_weight_decay else (decay, rule)
-    return chain(negate_if(maximize), *decayed, scale_by_learning_rate(lr))
+    rule = scale_by_nadam(*betas, eps=eps, momentum_decay=momentum_decay)
+    return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay), scale_by_learning_rate(lr))
