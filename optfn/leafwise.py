@@ -309,9 +309,9 @@ class _Lift(NamedTuple):
 
 def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype) -> tuple[Tensor, Any]:
     """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
-    wide = type(slots)(*[_widened(x, dtype) for x in slots])
+    wide = slots._make([_widened(x, dtype) for x in slots])
     direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step)
-    return _narrowed(direction, g), type(new)(*[_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
+    return _narrowed(direction, g), new._make([_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
 
 
 def _widened(x: Any, dtype: torch.dtype) -> Any:

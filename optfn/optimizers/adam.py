@@ -95,8 +95,9 @@ def scale_by_adam(
     def at_step(step: Tensor) -> tuple[Any, ...]:
         # Both corrections go into scalars, as at the end of section 2 of the paper.
         first, second = bias_correction(b1, step), bias_correction(b2, step)
-        root, under = second.sqrt(), eps_root if is_zero(eps_root) else eps_root * second
-        return second, root / first, eps if eps_hat else eps * root, under, b1 * first / bias_correction(b1, step + 1)
+        offset, under = eps if eps_hat else eps * second.sqrt(), eps_root if is_zero(eps_root) else eps_root * second
+        ahead = b1 * first / bias_correction(b1, step + 1) if nesterov else None
+        return second if amsgrad else None, second.sqrt() / first, offset, under, ahead
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
         correction, size, offset, under, ahead = step
