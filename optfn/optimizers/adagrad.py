@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from optfn.checks import is_zero, number
@@ -58,7 +59,7 @@ def scale_by_adagrad(
         return AdagradSlots(full_like(p, start))
 
     def update(g: Tensor, slots: AdagradSlots, p: Any, step: Tensor) -> tuple[Tensor, AdagradSlots]:
-        total = slots.sum + g.square()
+        total = torch.addcmul(slots.sum, g, g)
         root = sqrt(total, eps) if eps_in_sqrt else sqrt(total) + eps
         return g / (root if is_zero(eta) else root * (1 + (step - 1) * eta)), AdagradSlots(total)
 

@@ -74,15 +74,15 @@ def scale_by_nadam(
         return NAdamSlots(torch.zeros_like(p), torch.zeros_like(p), torch.ones((), device=p.device))
 
     def at_step(step: Tensor) -> tuple[Tensor, ...]:
-        root = bias_correction(b2, step).sqrt()
-        return momentum(as_time(step)), momentum(as_time(step) + 1), root, eps * root
+        now, then, root = momentum(as_time(step)), momentum(as_time(step) + 1), bias_correction(b2, step).sqrt()
+        return now.float(), then, root * (1 - now), root * then, eps * root
 
     def update(g: Tensor, slots: NAdamSlots, p: Any, step: Any) -> tuple[Tensor, NAdamSlots]:
-        now, then, root, offset = step
-        product = widened_scalar(slots.mu_product.float() * now.float())  # kept, and multiplied, in float32
-        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
-        direction = torch.addcmul(root * (1 - now) / (1 - product) * g, mu, root * then / (1 - product * then))
-        return direction / (sqrt(nu) + offset), NAdamSlots(mu, nu, product)
+        now, then, first, second, offset = step
+        kept = slots.mu_product.float() * now  # in float32
+        product, mu, nu = widened_scalar(kept), lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        direction = torch.addcmul(first / (1 - product) * g, mu, second / (1 - product * then))
+        return direction / (sqrt(nu) + offset), NAdamSlots(mu, nu, kept)
 
     return leafwise(init, update, elementwise=True, at_step=at_step)
 
