@@ -145,7 +145,7 @@ def leafwise(
         slots = _by_leaf(leaves.spec, state.slots)
         present = [g is not None for g in leaves.grads]
         step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
-        steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
+        steps = _Steps(step if all(present) else step.clamp_min(1), at_step)  # 0, of who never began, may have no derivative
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
             slot = _first_tensor(slots[i])
