@@ -107,7 +107,7 @@ def test_what_depends_on_the_step_alone_is_computed_once() -> None:
 
 @pytest.mark.parametrize("name", [name for name in COSTS if name not in ("clipped", "adagrad")])  # these see the whole tree first
 def test_temporaries_of_one_leaf_at_a_time(name: str, record_property: Callable[[str, object], None]) -> None:
-    """Beyond what an update returns there are never more than three tensors of a leaf alive: no link makes a tree for the next."""
+    """Beyond what an update returns there are never more than four tensors of a leaf alive: no link makes a tree for the next."""
     tx, size = COSTS[name][0], 64 * 64 * 4
 
     def run(params: Any, state: Any, grads: Any) -> Any:
@@ -120,4 +120,4 @@ def test_temporaries_of_one_leaf_at_a_time(name: str, record_property: Callable[
         returned = 0
         peak = operations(run, tx, leaves).peak
         record_property("temporaries, in leaves", f"{name:18} {leaves:3} leaves: {(peak - returned) / size:.2f}")
-        assert peak <= returned + 3.1 * size  # and the scalars
+        assert peak <= returned + 4.1 * size  # and the scalars
