@@ -61,7 +61,8 @@ def lifted(
 
 def begin_of(tx: GradientTransformation) -> Any:
     """The ``begin`` of a transformation that is :func:`lifted`, None of any other."""
-    return getattr(tx.update, "begin", None)
+    # functools.wraps hands an attribute on to a function that does something else.
+    return None if hasattr(tx.update, "__wrapped__") else getattr(tx.update, "begin", None)
 
 
 class LeafwiseState(NamedTuple):
@@ -145,7 +146,8 @@ def leafwise(
         slots = _by_leaf(leaves.spec, state.slots)
         present = [g is not None for g in leaves.grads]
         step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
-        steps = _Steps(step if all(present) else step.clamp_min(1), at_step)  # 0, of who never began, may have no derivative
+        # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
+        steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
             slot = _first_tensor(slots[i])
@@ -261,6 +263,10 @@ def _alike(g: Tensor, like: Tensor | None) -> bool:
     return like is None or (g.shape == like.shape and g.is_complex() == like.is_complex())
 
 
+def _kind(x: Any) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+
 class _Lift(NamedTuple):
     """What a rule declares, and the checks of what it is shown."""
 
@@ -287,8 +293,8 @@ class _Lift(NamedTuple):
                 raise TypeError(f"{where} must have a floating-point or complex gradient, got {g.dtype}")
         if not (_alike(g, p) and _alike(g, slot)):
             owner, like = ("slots", slot) if _alike(g, p) else ("parameter", p)
-            wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (like, g) if x is not None)
-            raise ValueError(f"{_where(self.rule, leaves.updates, i)} must have an update like its {owner}, {wanted}, got {given}")
+            where = _where(self.rule, leaves.updates, i)
+            raise ValueError(f"{where} must have an update like its {owner}, {_kind(like)}, got {_kind(g)}")
         if g.layout == torch.strided:
             return g, None
         if g.layout == torch.sparse_coo and self.sparse == "dense":

@@ -1,5 +1,7 @@
 """Chains, masks and partitions."""
 
+import functools
+
 import pytest
 import torch
 from optax_oracle import assert_close, counted, run, some_grads, some_params
@@ -227,6 +229,19 @@ def test_a_chain_is_its_links_one_after_the_other(name):
         assert type(state) is tuple
         assert_close(state, tuple(states), 0)
         params = optfn.apply_updates(params, updates)
+
+
+def test_a_chain_calls_an_update_that_wraps_another():
+    """functools.wraps copies what marks an update as one that goes leaf by leaf."""
+    inner = optfn.scale(2.0)
+
+    @functools.wraps(inner.update)
+    def update(updates, state, params=None, **extra):
+        updates, state = inner.update(updates, state, params, **extra)
+        return optfn.tree.map(lambda u: u + 1, updates), state
+
+    tx = optfn.chain(inner, optfn.GradientTransformation(inner.init, update), inner)
+    assert tx.update(torch.ones(()), tx.init(torch.ones(())))[0] == 10
 
 
 @pytest.mark.parametrize("tx", [optfn.chain(), optfn.identity()])
