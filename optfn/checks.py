@@ -96,4 +96,5 @@ def rule_name(function: Callable[..., Any]) -> str:
         >>> rule_name(scale_by_something())
         'scale_by_something'
     """
+    function = getattr(function, "begin", function)  # of an update that is lifted
     return function.__qualname__.split(".<locals>")[0].rsplit(".", 1)[-1]

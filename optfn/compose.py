@@ -3,9 +3,11 @@
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from optfn import tree
-from optfn.core import GradientTransformation, is_elementwise, transformation
-from optfn.leafwise import stateless_with_tree_map
+from optfn.core import GradientTransformation, identity, is_elementwise, transformation
+from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
 
 __all__ = ["MaskedState", "PartitionState", "chain", "freeze", "masked", "maximize", "named_chain", "negate_if", "partition"]
 
@@ -30,21 +32,52 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     """
     for tx in transformations:
         _check_pair(tx, "chain")
+    begins = [begin_of(tx) for tx in transformations]
+    elementwise = all(map(is_elementwise, transformations))
 
     def init(params: Any) -> tuple[Any, ...]:
         tree.checked(params, "params")
         return tuple(tx.init(params) for tx in transformations)
 
-    def update(updates: Any, state: tuple[Any, ...], params: Any = None, **extra: Any) -> tuple[Any, tuple[Any, ...]]:
+    def check(state: tuple[Any, ...]) -> None:
         if len(state) != len(transformations):
             raise ValueError(f"chain of {len(transformations)} transformations got a state of {len(state)}: make it with this init")
-        new: list[Any] = []
-        for tx, s in zip(transformations, state, strict=True):
-            updates, s = tx.update(updates, s, params, **extra)
-            new.append(s)
-        return updates, tuple(new)
 
-    return transformation(init, update, elementwise=all(map(is_elementwise, transformations)))
+    def begin(leaves: Leaves, state: tuple[Any, ...]) -> Sweep:
+        check(state)
+        links = [link(leaves, s) for link, s in zip(begins, state, strict=True)]
+
+        def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
+            for one, _ in links:
+                g = one(i, g, p)
+            return g
+
+        return each, lambda: tuple(end() for _, end in links)
+
+    if not transformations:
+        return GradientTransformation(init, identity().update)
+    if None not in begins:
+        return lifted(init, begin, elementwise=elementwise)
+
+    # Links that are lifted and follow each other run as one chain.
+    runs: list[list[GradientTransformation]] = []
+    for tx, link in zip(transformations, begins, strict=True):
+        if link is not None and runs and begin_of(runs[-1][0]) is not None:
+            runs[-1].append(tx)
+        else:
+            runs.append([tx])
+    joined = [(len(run), run[0] if len(run) == 1 else chain(*run)) for run in runs]
+
+    def update(updates: Any, state: tuple[Any, ...], params: Any = None, **extra: Any) -> tuple[Any, tuple[Any, ...]]:
+        check(state)
+        new: tuple[Any, ...] = ()
+        for count, tx in joined:
+            s: Any = state[len(new)] if count == 1 else state[len(new) : len(new) + count]
+            updates, s = tx.update(updates, s, params, **extra)
+            new += (s,) if count == 1 else s
+        return updates, new
+
+    return transformation(init, update, elementwise=elementwise)
 
 
 def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:

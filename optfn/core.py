@@ -71,6 +71,7 @@ def identity() -> GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return updates, state
 
+    update.begin = lambda leaves, state: (lambda i, g, p: g, lambda: state)  # type: ignore[attr-defined]  # optfn.leafwise.lifted
     return transformation(lambda params: (), update, elementwise=True)
 
 

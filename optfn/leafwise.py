@@ -15,11 +15,54 @@ from optfn.checks import require, rule_name
 from optfn.core import GradientTransformation, transformation
 from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
 
-__all__ = ["LeafwiseState", "leafwise", "stateless_with_tree_map"]
+__all__ = ["LeafwiseState", "Leaves", "Sweep", "begin_of", "leafwise", "lifted", "stateless_with_tree_map"]
 
 Sparse = Literal["error", "dense", "values"]
 Complex = Literal["real", "error"]
 Rule = Callable[..., Any]
+
+
+class Leaves(NamedTuple):
+    """The trees that an update was handed, and their leaves side by side; None for each parameter where none are given."""
+
+    updates: Any
+    params: Any
+    grads: list[Any]
+    owners: list[Any]
+    spec: Any
+
+
+Each = Callable[[int, Tensor, Tensor | None], Tensor]
+"""What happens to one leaf, by its number, gradient and parameter."""
+Sweep = tuple[Each, Callable[[], Any]]
+"""What is called for each leaf that has a gradient, and after that what gives the new state."""
+
+
+def lifted(
+    init: Callable[[Any], Any], begin: Callable[[Leaves, Any], Sweep], *, elementwise: bool = False
+) -> GradientTransformation:
+    """A transformation that handles one leaf after the other, each by itself; ``update.begin`` is how.
+
+    :func:`chain` takes each leaf through all of its links that are lifted before it takes the next one. So what a link
+    hands to the next is there for one leaf at a time, and never a tree.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        leaves = _aligned(updates, params)
+        each, end = begin(leaves, state)
+        pairs = enumerate(zip(leaves.grads, leaves.owners, strict=True))
+        directions = [None if g is None else each(i, g, p) for i, (g, p) in pairs]
+        return tree.unflatten(leaves.spec, directions), end()
+
+    tx = transformation(init, update, elementwise=elementwise)
+    update.begin = begin  # type: ignore[attr-defined]
+    return tx
+
+
+def begin_of(tx: GradientTransformation) -> Any:
+    """The ``begin`` of a transformation that is :func:`lifted`, None of any other."""
+    # functools.wraps hands an attribute on to a function that does something else.
+    return None if hasattr(tx.update, "__wrapped__") else getattr(tx.update, "begin", None)
 
 
 class LeafwiseState(NamedTuple):
@@ -40,6 +83,7 @@ def leafwise(
     update: Callable[[Tensor, Any, Any, Any], tuple[Tensor, Any]],
     *,
     elementwise: bool = False,
+    at_step: Callable[[Tensor], Any] | None = None,
     needs_params: bool = False,
     sparse: Sparse = "error",
     complex_: Complex = "real",
@@ -56,6 +100,9 @@ def leafwise(
         update: ``update(g, slots, p, step) -> (direction, slots)``, a pure function in plain torch calls.
         elementwise: declares that an entry of the result depends on that entry alone, so that
             :func:`sparse_masked` may run the rule on some of the entries.
+        at_step: what of the rule depends on its step alone, such as bias corrections, computed for all leaves at once:
+            called with the steps of all leaves in one vector, it gives a vector, or a tuple of them, and the rule is handed its
+            leaf's entry, or the tuple of its entries, as ``step``. What in the tuple is no vector is handed to each leaf as it is.
         needs_params: whether the rule reads ``p``; without it ``p`` is None where no params are given.
         sparse: what a sparse COO gradient is to the rule: an ``"error"`` that names :func:`sparse_masked`; made ``"dense"``
             first; or its ``"values"`` as they lie there, not summed, which a linear rule that does not read ``p`` may take.
@@ -92,26 +139,29 @@ def leafwise(
         device = next((p.device for p in leaves if p is not None), None)
         return LeafwiseState(torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots))
 
-    def update_fn(updates: Any, state: LeafwiseState, params: Any = None, **extra: Any) -> tuple[Any, LeafwiseState]:
-        grads, owners, spec = _aligned(update, updates, params, needs_params)
-        slots = _by_leaf(spec, state.slots)
-        present = [g is not None for g in grads]
-        step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
-        steps = _Steps(step)
-        directions: list[Tensor | None] = [None] * len(grads)
-        for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
-            if g is None:
-                continue
-            if not _has_slots(slots[i]):
-                raise ValueError(f"{_where(update, updates, i)} has an update, but there was no parameter when the state was made")
-            likes = (p, _first_tensor(slots[i]) if elementwise else None)
-            _check_complex(g, complex_, update, updates, i)
-            values, rebuild = _dense_values(g, likes, sparse, elementwise, update, updates, i)
-            direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, values, p))
-            directions[i] = rebuild(direction)
-        return tree.unflatten(spec, directions), LeafwiseState(step, _by_field(spec, slots))
+    lift = _Lift(update, elementwise, needs_params, sparse, complex_)
 
-    return transformation(init_fn, update_fn, elementwise=elementwise)
+    def begin(leaves: Leaves, state: LeafwiseState) -> Sweep:
+        lift.require_params(leaves)
+        slots = _by_leaf(leaves.spec, state.slots)
+        present = [g is not None for g in leaves.grads]
+        step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
+        # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
+        steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
+
+        def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
+            slot = _first_tensor(slots[i])
+            if type(slots[i]) is tuple or (slot is None and len(slots[i])):
+                where = _where(update, leaves.updates, i)
+                raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
+            values, rebuild = lift.values(leaves, i, g, p, slot if elementwise else None)
+            dtype = _real_dtype(values, p)
+            direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
+            return rebuild(direction) if rebuild else direction
+
+        return each, lambda: LeafwiseState(step, _by_field(leaves.spec, slots))
+
+    return lifted(init_fn, begin, elementwise=elementwise)
 
 
 def stateless_with_tree_map(
@@ -138,33 +188,26 @@ def stateless_with_tree_map(
         >>> tx.update({"w": torch.tensor([-3.0, 2.0]), "b": None}, ())
         ({'w': tensor([-1.,  1.]), 'b': None}, ())
     """
+    lift = _Lift(f, elementwise, needs_params, sparse, complex_)
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        grads, owners, spec = _aligned(f, updates, params, needs_params)
-        directions: list[Tensor | None] = [None] * len(grads)
-        for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
-            if g is not None:
-                _check_complex(g, complex_, f, updates, i)
-                values, rebuild = _dense_values(g, (p, None), sparse, elementwise, f, updates, i)
-                direction, _ = _apply(lambda g, slots, p, step: (f(g, p), slots), values, (), p, None)
-                directions[i] = rebuild(direction)
-        return tree.unflatten(spec, directions), state
+    def begin(leaves: Leaves, state: Any) -> Sweep:
+        lift.require_params(leaves)
 
-    return transformation(lambda params: (), update_fn, elementwise=elementwise)
+        def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
+            values, rebuild = lift.values(leaves, i, g, p)
+            dtype = _real_dtype(values, p)
+            direction = _narrowed(f(_widened(values, dtype), _widened(p, dtype)), values)
+            return rebuild(direction) if rebuild else direction
+
+        return each, lambda: state
+
+    return lifted(lambda params: (), begin, elementwise=elementwise)
 
 
-def _aligned(rule: Rule, updates: Any, params: Any, needs_params: bool) -> tuple[list[Any], list[Any], Any]:
-    """The leaves of updates and params side by side, and the structure of updates."""
-    if needs_params and params is None and updates is not None:  # both are None for a bare tensor that a mask hides
-        require(rule_name(rule), params=params)
+def _aligned(updates: Any, params: Any) -> Leaves:
     grads, spec = tree.checked(updates, "updates", empty=True)
-    if params is None:
-        return grads, [None] * len(grads), spec
-    owners = tree.match(spec, params, "params", "updates")
-    for i, (g, p) in enumerate(zip(grads, owners, strict=True)):
-        if g is not None and p is None:
-            raise ValueError(f"{_where(rule, updates, i)} has an update, but no parameter")
-    return grads, owners, spec
+    owners = [None] * len(grads) if params is None else tree.match(spec, params, "params", "updates")
+    return Leaves(updates, params, grads, owners, spec)
 
 
 def _where(rule: Rule, of: Any, i: int) -> str:
@@ -210,73 +253,107 @@ def _by_leaf(spec: Any, slots: Any) -> list[Any]:
 
 
 def _first_tensor(slots: Any) -> Tensor | None:
-    return next((x for x in slots if isinstance(x, Tensor)), None)
+    for x in slots:
+        if isinstance(x, Tensor):
+            return x
+    return None
 
 
-def _has_slots(slots: Any) -> bool:
-    return type(slots) is not tuple and (len(slots) == 0 or _first_tensor(slots) is not None)
+def _alike(g: Tensor, like: Tensor | None) -> bool:
+    return like is None or (g.shape == like.shape and g.is_complex() == like.is_complex())
 
 
-def _dense_values(
-    g: Tensor, likes: tuple[Tensor | None, Tensor | None], sparse: Sparse, elementwise: bool, rule: Rule, updates: Any, i: int
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What of a gradient the rule is shown, once it is found sound, and how to make an update of what the rule answers."""
-    if not (g.is_floating_point() or g.is_complex()):
-        raise TypeError(f"{_where(rule, updates, i)} must have a floating-point or complex gradient, got {g.dtype}")
-    for owner, like in zip(("parameter", "slots"), likes, strict=True):
-        if like is not None and (g.shape != like.shape or g.is_complex() != like.is_complex()):
-            wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (like, g))
-            raise ValueError(f"{_where(rule, updates, i)} must have an update like its {owner}, {wanted}, got {given}")
-    if g.layout == torch.strided:
-        return g, lambda direction: direction
-    if g.layout == torch.sparse_coo and sparse == "dense":
-        return g.to_dense(), lambda direction: direction
-    if g.layout == torch.sparse_coo and sparse == "values":
-        # torch's _values() has no derivative, and its values() wants the entries summed.
-        g = g.coalesce() if g.requires_grad else g
-        return g.values() if g.is_coalesced() else g._values(), lambda direction: torch.sparse_coo_tensor(
-            g._indices(), direction, g.shape, is_coalesced=g.is_coalesced(), check_invariants=False
+def _kind(x: Any) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+
+class _Lift(NamedTuple):
+    """What a rule declares, and the checks of what it is shown."""
+
+    rule: Rule
+    elementwise: bool
+    needs_params: bool
+    sparse: Sparse
+    complex_: Complex
+
+    def require_params(self, leaves: Leaves) -> None:
+        if self.needs_params and leaves.params is None and leaves.updates is not None:
+            require(rule_name(self.rule), params=None)  # both are None for a bare tensor that a mask hides
+
+    def values(
+        self, leaves: Leaves, i: int, g: Tensor, p: Tensor | None, slot: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """What of a gradient the rule is shown, once it is found sound, and how to make an update of the answer if it is none."""
+        if p is None and leaves.params is not None:
+            raise ValueError(f"{_where(self.rule, leaves.updates, i)} has an update, but no parameter")
+        if not g.is_floating_point():
+            _check_complex(g, self.complex_, self.rule, leaves.updates, i)
+            if not g.is_complex():
+                where = _where(self.rule, leaves.updates, i)
+                raise TypeError(f"{where} must have a floating-point or complex gradient, got {g.dtype}")
+        if not (_alike(g, p) and _alike(g, slot)):
+            owner, like = ("slots", slot) if _alike(g, p) else ("parameter", p)
+            where = _where(self.rule, leaves.updates, i)
+            raise ValueError(f"{where} must have an update like its {owner}, {_kind(like)}, got {_kind(g)}")
+        if g.layout == torch.strided:
+            return g, None
+        if g.layout == torch.sparse_coo and self.sparse == "dense":
+            return g.to_dense(), None
+        if g.layout == torch.sparse_coo and self.sparse == "values":
+            # torch's _values() has no derivative, and its values() wants the entries summed.
+            g = g.coalesce() if g.requires_grad else g
+            return g.values() if g.is_coalesced() else g._values(), lambda direction: torch.sparse_coo_tensor(
+                g._indices(), direction, g.shape, is_coalesced=g.is_coalesced(), check_invariants=False
+            )
+        name = rule_name(self.rule)
+        advice = f"wrap it, optfn.sparse_masked({name}(...)), or " if self.elementwise and g.layout == torch.sparse_coo else ""
+        raise TypeError(
+            f"{_where(self.rule, leaves.updates, i)} has a sparse gradient, which {name} does not take: "
+            f"{advice}make it dense, .to_dense()"
         )
-    name = rule_name(rule)
-    advice = f"wrap it, optfn.sparse_masked({name}(...)), or " if elementwise and g.layout == torch.sparse_coo else ""
-    raise TypeError(
-        f"{_where(rule, updates, i)} has a sparse gradient, which {name} does not take: {advice}make it dense, .to_dense()"
-    )
 
 
-def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Tensor | None) -> tuple[Tensor, Any]:
+def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype) -> tuple[Tensor, Any]:
     """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
-    dtype = _real_dtype(g, p)
+    wide = slots._make([_widened(x, dtype) for x in slots])
+    direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step)
+    return _narrowed(direction, g), new._make([_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
 
-    def widened(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
-            return x
-        x = as_real(x)
-        return x.to(torch.promote_types(x.dtype, dtype))
 
-    def narrowed(x: Any, like: Any) -> Any:
-        if not isinstance(x, Tensor) or not isinstance(like, Tensor):
-            return x
-        return as_complex(x.to(real_dtype(like.dtype))) if like.is_complex() else x.to(like.dtype)
+def _widened(x: Any, dtype: torch.dtype) -> Any:
+    """What the rule is shown of a tensor: its real view, in ``dtype`` or wider; anything else as it is."""
+    if not isinstance(x, Tensor) or x.dtype == dtype or not (x.is_floating_point() or x.is_complex()):
+        return x
+    x = as_real(x)
+    return x.to(torch.promote_types(x.dtype, dtype))
 
-    direction, new = rule(widened(g), type(slots)(*map(widened, slots)) if len(slots) else slots, widened(p), step)
-    return narrowed(direction, g), type(new)(*map(narrowed, new, slots)) if len(new) else new
+
+def _narrowed(x: Any, like: Any) -> Any:
+    """The inverse: what the rule answered, as ``like`` came."""
+    if not isinstance(x, Tensor) or not isinstance(like, Tensor) or x.dtype == like.dtype:
+        return x
+    return as_complex(x.to(real_dtype(like.dtype))) if like.is_complex() else x.to(like.dtype)
 
 
 def _real_dtype(g: Tensor, p: Tensor | None) -> torch.dtype:
-    dtype = compute_dtype(g, p)
-    return real_dtype(dtype)
+    return real_dtype(compute_dtype(g, p))
 
 
 class _Steps:
-    """The counts of all leaves, converted once for each dtype and device that a rule computes in."""
+    """What each leaf's rule is handed as its step, computed for all of them once for each dtype and device of theirs."""
 
-    def __init__(self, step: Tensor) -> None:
-        self.step = step
-        self.unbound: dict[Any, Any] = {}
+    def __init__(self, step: Tensor, at_step: Callable[[Tensor], Any] | None) -> None:
+        self.step, self.at_step = step, at_step
+        self.found: dict[Any, Any] = {}
 
-    def of(self, i: int, g: Tensor, p: Tensor | None) -> Tensor:
-        key = (_real_dtype(g, p), g.device)
-        if key not in self.unbound:
-            self.unbound[key] = self.step.to(dtype=key[0], device=key[1]).unbind()
-        return self.unbound[key][i]
+    def of(self, i: int, dtype: torch.dtype, device: torch.device) -> Any:
+        key = (dtype, device)
+        if key not in self.found:
+            self.found[key] = self.all(self.step.to(dtype=dtype, device=device))
+        return self.found[key][i]
+
+    def all(self, step: Tensor) -> Any:
+        given = self.at_step(step) if self.at_step else step
+        if isinstance(given, Tensor):
+            return given.unbind()
+        return list(zip(*(x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in given), strict=True))

@@ -11,8 +11,10 @@ from torch import Tensor
 
 __all__ = [
     "Scalar",
+    "add_scaled",
     "as_complex",
     "as_real",
+    "average_square",
     "bias_correction",
     "compute_dtype",
     "debias",
@@ -88,8 +90,8 @@ def full_like(x: Tensor, value: Scalar) -> Tensor:
     return (torch.zeros_like(x) + value).to(x.dtype)
 
 
-def sqrt(x: Tensor) -> Tensor:
-    """The square root, with derivative 0 at 0 and below, where the true one is infinite.
+def sqrt(x: Tensor, eps: Scalar = 0.0) -> Tensor:
+    """The square root of ``x + eps``, with derivative 0 where that is 0 or below, and the true one infinite.
 
     Values under the smallest normal number of the dtype (``torch.finfo(dtype).tiny``) count as that
     number, so the root of 0 is about 1e-19 in float32 and 1e-154 in float64, and a difference
@@ -99,7 +101,30 @@ def sqrt(x: Tensor) -> Tensor:
         >>> torch.func.grad(sqrt)(torch.tensor(0.0))
         tensor(0.)
     """
+    x = x if isinstance(eps, int | float) and eps == 0 else x + eps
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def add_scaled(x: Tensor, y: Tensor, factor: Scalar) -> Tensor:
+    """``x + factor * y``, in one operation where the factor is a number.
+
+    Example:
+        >>> add_scaled(torch.ones(2), torch.tensor([1.0, 2.0]), 0.5)
+        tensor([1.5000, 2.0000])
+    """
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
+def average_square(average: Tensor, x: Tensor, decay: Scalar) -> Tensor:
+    """``decay * average + (1 - decay) * x**2``, a step of an exponential moving average of squares.
+
+    Example:
+        >>> average_square(torch.zeros(2), torch.tensor([1.0, 2.0]), 0.75)
+        tensor([0.2500, 1.0000])
+    """
+    if isinstance(decay, Tensor):
+        return decay * average + (1 - decay) * x.square()
+    return torch.addcmul(decay * average, x, x, value=1 - decay)
 
 
 def lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
@@ -168,7 +193,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """
     dtype = torch.float32
     for x in tensors:
-        if x is not None:
+        if x is not None and x.dtype != dtype:
             dtype = torch.promote_types(dtype, x.dtype)
     return dtype
 

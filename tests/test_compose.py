@@ -1,5 +1,7 @@
 """Chains, masks and partitions."""
 
+import functools
+
 import pytest
 import torch
 from optax_oracle import assert_close, counted, run, some_grads, some_params
@@ -189,6 +191,57 @@ def test_chain_is_associative():
     first, *others = (run(tx, some_params(), some_grads())[0] for tx in chains)
     for other in others:
         assert_close(other, first, 0)
+
+
+# Links that take a leaf at a time, and links that see the whole tree: a clipped norm, a mask, a partition, a freeze.
+LINKS = {
+    "none": [],
+    "leaf by leaf": [optfn.clip(0.5), optfn.scale_by_adam(), optfn.identity(), optfn.add_decayed_weights(0.1), optfn.scale(-0.1)],
+    "scheduled": [optfn.trace(0.9), optfn.scale_by_learning_rate(optfn.linear_schedule(0.1, 0.0, 5))],
+    "a tree first": [optfn.clip_by_global_norm(0.1), optfn.scale_by_adam(), optfn.scale(-0.1)],
+    "a tree last": [optfn.scale_by_adam(), optfn.scale(-0.1), optfn.clip_by_global_norm(0.1)],
+    "a tree between": [
+        optfn.scale_by_rms(),
+        optfn.trace(0.9),
+        optfn.masked(optfn.add_decayed_weights(0.1), is_matrix),
+        optfn.chain(optfn.clip(0.5), optfn.scale_by_learning_rate(0.1)),
+        optfn.scale(0.5),
+    ],
+    "trees": [
+        optfn.freeze(lambda path, p: path == "s"),
+        optfn.partition({True: optfn.scale_by_adam(), False: optfn.trace(0.5)}, lambda path, p: p.ndim >= 2),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_chain_is_its_links_one_after_the_other(name):
+    """However the chain goes through them: the updates, the state of each link, and who sits out."""
+    links, params = LINKS[name], some_params()
+    tx = optfn.chain(*links)
+    state, states = tx.init(params), [link.init(params) for link in links]
+    for t, g in enumerate(some_grads()):
+        expected = g = {**g, "b": None} if t % 3 == 2 else g
+        for i, link in enumerate(links):
+            expected, states[i] = link.update(expected, states[i], params)
+        updates, state = tx.update(g, state, params)
+        assert_close(updates, expected, 0)
+        assert type(state) is tuple
+        assert_close(state, tuple(states), 0)
+        params = optfn.apply_updates(params, updates)
+
+
+def test_a_chain_calls_an_update_that_wraps_another():
+    """functools.wraps copies what marks an update as one that goes leaf by leaf."""
+    inner = optfn.scale(2.0)
+
+    @functools.wraps(inner.update)
+    def update(updates, state, params=None, **extra):
+        updates, state = inner.update(updates, state, params, **extra)
+        return optfn.tree.map(lambda u: u + 1, updates), state
+
+    tx = optfn.chain(inner, optfn.GradientTransformation(inner.init, update), inner)
+    assert tx.update(torch.ones(()), tx.init(torch.ones(())))[0] == 10
 
 
 @pytest.mark.parametrize("tx", [optfn.chain(), optfn.identity()])

@@ -322,6 +322,66 @@ def test_what_a_rule_may_rely_on():
     assert seen[0][1] is None
 
 
+def test_at_step_is_the_step_of_each_leaf_once_for_all():
+    """A rule that is handed what ``at_step`` makes of its step against one that makes it itself."""
+    calls = []
+
+    def init(p):
+        return Pair(torch.zeros_like(p))
+
+    def plain(g, slots, p, step):
+        return g / step, Pair(slots.first + g * step.sqrt())
+
+    def at_step(step):
+        calls.append(step)
+        return 1 / step, step.sqrt(), 2.0
+
+    def shared(g, slots, p, step):
+        inverse, root, two = step
+        assert two == 2.0
+        return g * inverse, Pair(slots.first + g * root)
+
+    def single(g, slots, p, inverse):
+        return g * inverse, Pair(slots.first + g / inverse.sqrt())
+
+    params = {"a": torch.ones(2), "b": torch.ones(()), "c": torch.ones(3, dtype=torch.float64), "h": torch.ones(2).bfloat16()}
+    links = [
+        optfn.leafwise(init, plain),
+        optfn.leafwise(init, shared, at_step=at_step),
+        optfn.leafwise(init, single, at_step=lambda step: 1 / step),
+    ]
+    states = [tx.init(params) for tx in links]
+    for t in range(4):
+        grads = {name: None if name == "b" and t % 2 == 0 else torch.full_like(p, 0.5) for name, p in params.items()}
+        found = []
+        for i, tx in enumerate(links):
+            updates, states[i] = tx.update(grads, states[i])
+            found.append(updates)
+        for other, state in zip(found[1:], states[1:], strict=True):
+            assert {name: None if u is None else u.dtype for name, u in other.items()} == {
+                name: None if g is None else g.dtype for name, g in grads.items()
+            }
+            assert_close(optfn.tree.leaves(other), optfn.tree.leaves(found[0]), 1e-6)
+            assert_close(optfn.tree.leaves(state), optfn.tree.leaves(states[0]), 1e-6)
+    assert states[1].step.tolist() == [4, 2, 4, 4]
+    assert [x.dtype for x in calls] == [torch.float32, torch.float64] * 4
+    assert all(x.shape == (4,) and x.min() >= 1 for x in calls)
+
+
+def test_a_leaf_that_has_not_begun_spoils_no_derivative():
+    """Its count is 0, where the root of Adam's bias correction has an infinite derivative."""
+    params, g = {"w": torch.ones(2), "b": torch.ones(2)}, {"w": torch.tensor([0.5, 2.0]), "b": None}
+
+    def after(b2):
+        tx = optfn.scale_by_adam(b2=b2)
+        _, state = tx.update(g, tx.init(params))
+        return tx.update({"w": torch.ones(2), "b": None}, state)[0]["w"].sum()
+
+    derivative = torch.func.grad(after)(torch.tensor(0.9, dtype=torch.float64))
+    assert derivative.isfinite()
+    assert derivative != 0
+
+
 def test_an_error_of_a_rule_s_init_names_the_leaf():
     def matrices_only():
         def init(p):

@@ -74,7 +74,7 @@ MORE = [
     (optim.AdamW, "large decay", {"weight_decay": 2.0, "lr": 0.3, "maximize": True}),
     (optim.Adagrad, "large eps", {"eps": 0.1, "lr": 0.1}),
     (optim.Adagrad, "all but decay", {"lr": 0.1, "lr_decay": 0.5, "initial_accumulator_value": 0.1, "maximize": True}),
-    (optim.RMSprop, "momentum, not centered", {"momentum": 0.9, "weight_decay": 0.1}),
+    (optim.RMSprop, "momentum, not centered", {"momentum": 0.5, "weight_decay": 0.1}),
     (optim.RMSprop, "alpha = 0", {"alpha": 0.0, "eps": 0.1}),
     (optim.RMSprop, "alpha = 1", {"alpha": 1.0, "eps": 1.0}),
     (optim.SGD, "tensors", {**TENSORS, "momentum": torch.tensor(0.9), "dampening": torch.tensor(0.6)}),

@@ -9,7 +9,7 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, sqrt
+from optfn.numerics import Scalar, average_square, sqrt
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -60,9 +60,9 @@ def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransfor
         return AdadeltaSlots(torch.zeros_like(p), torch.zeros_like(p))
 
     def update(g: Tensor, slots: AdadeltaSlots, p: Any, step: Tensor) -> tuple[Tensor, AdadeltaSlots]:
-        e_g = rho * slots.e_g + (1 - rho) * g.square()
-        direction = sqrt(slots.e_x + eps) / sqrt(e_g + eps) * g
-        return direction, AdadeltaSlots(e_g, rho * slots.e_x + (1 - rho) * direction.square())
+        e_g = average_square(slots.e_g, g, rho)
+        direction = sqrt(slots.e_x, eps) / sqrt(e_g, eps) * g
+        return direction, AdadeltaSlots(e_g, average_square(slots.e_x, direction, rho))
 
     return leafwise(init, update, elementwise=True)
 

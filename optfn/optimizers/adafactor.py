@@ -76,8 +76,8 @@ def scale_by_factored_rms(beta2_decay: Scalar = -0.8, eps: Scalar | None = None)
     def mean(x: Tensor, dim: int) -> Tensor:
         return x.sum(dim, keepdim=True) / max(x.shape[dim], 1)
 
-    def update(g: Tensor, slots: Any, p: Any, step: Tensor) -> tuple[Tensor, FactoredSlots]:
-        weight, square, floor = step**c, g.square(), torch.finfo(g.dtype).eps if eps is None else eps
+    def update(g: Tensor, slots: Any, p: Any, weight: Tensor) -> tuple[Tensor, FactoredSlots]:
+        square, floor = g.square(), torch.finfo(g.dtype).eps if eps is None else eps
         if isinstance(slots.v, Tensor):
             v = lerp(slots.v, square, weight)
             new = FactoredSlots(v=v)
@@ -86,7 +86,7 @@ def scale_by_factored_rms(beta2_decay: Scalar = -0.8, eps: Scalar | None = None)
             v, new = row @ col / mean(row, -2).clamp_min(floor), FactoredSlots(row, col)
         return g * v.clamp_min(floor * floor).rsqrt(), new
 
-    return leafwise(init, update, complex_="error")
+    return leafwise(init, update, at_step=lambda step: step**c, complex_="error")
 
 
 class RelativeStepSlots(NamedTuple):
@@ -118,10 +118,10 @@ def scale_by_relative_step(learning_rate: Scalar = 1e-2) -> GradientTransformati
     """
     lr = number("lr", learning_rate, at_least=0)
 
-    def update(g: Tensor, slots: Any, p: Any, step: Tensor) -> tuple[Tensor, Any]:
-        return g * step.rsqrt().clamp_max(lr), slots
+    def update(g: Tensor, slots: Any, p: Any, size: Tensor) -> tuple[Tensor, Any]:
+        return g * size, slots
 
-    return leafwise(lambda p: RelativeStepSlots(), update, elementwise=True)
+    return leafwise(lambda p: RelativeStepSlots(), update, elementwise=True, at_step=lambda step: step.rsqrt().clamp_max(lr))
 
 
 def adafactor(

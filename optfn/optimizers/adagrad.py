@@ -2,9 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -58,9 +59,9 @@ def scale_by_adagrad(
         return AdagradSlots(full_like(p, start))
 
     def update(g: Tensor, slots: AdagradSlots, p: Any, step: Tensor) -> tuple[Tensor, AdagradSlots]:
-        total = slots.sum + g.square()
-        root = sqrt(total + eps) if eps_in_sqrt else sqrt(total) + eps
-        return g / (root * (1 + (step - 1) * eta)), AdagradSlots(total)
+        total = torch.addcmul(slots.sum, g, g)
+        root = sqrt(total, eps) if eps_in_sqrt else sqrt(total) + eps
+        return g / (root if is_zero(eta) else root * (1 + (step - 1) * eta)), AdagradSlots(total)
 
     return leafwise(init, update, elementwise=True)
 

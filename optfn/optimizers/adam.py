@@ -5,13 +5,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, bias_correction, debias, lerp, sqrt
+from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule
-from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
 
 __all__ = ["AdamSlots", "adam", "adamw", "scale_by_adam"]
@@ -92,19 +92,23 @@ def scale_by_adam(
         nu = torch.zeros_like(p, dtype=nu_dtype)
         return AdamSlots(torch.zeros_like(p, dtype=mu_dtype), nu, nu.clone() if amsgrad else ())
 
-    def update(g: Tensor, slots: AdamSlots, p: Any, step: Tensor) -> tuple[Tensor, AdamSlots]:
-        mu = lerp(slots.mu, g, 1 - b1)
-        nu = b2 * slots.nu + (1 - b2) * g.square()
-        first, second, nu_max = debias(mu, b1, step), debias(nu, b2, step), slots.nu_max
-        if isinstance(nu_max, Tensor):
-            nu_max = torch.maximum(nu_max, second if amsgrad == "debiased" else nu)
-            second = nu_max if amsgrad == "debiased" else debias(nu_max, b2, step)
-        if nesterov:
-            first = b1 * debias(mu, b1, step + 1) + (1 - b1) * debias(g, b1, step)
-        offset = eps / bias_correction(b2, step).sqrt() if eps_hat else eps
-        return first / (sqrt(second + eps_root) + offset), AdamSlots(mu, nu, nu_max)
+    def at_step(step: Tensor) -> tuple[Any, ...]:
+        # Both corrections go into scalars, as at the end of section 2 of the paper.
+        first, second = bias_correction(b1, step), bias_correction(b2, step)
+        offset, under = eps if eps_hat else eps * second.sqrt(), eps_root if is_zero(eps_root) else eps_root * second
+        ahead = b1 * first / bias_correction(b1, step + 1) if nesterov else None
+        return second if amsgrad else None, second.sqrt() / first, offset, under, ahead
 
-    return leafwise(init, update, elementwise=True)
+    def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
+        correction, size, offset, under, ahead = step
+        mu, nu, nu_max = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2), slots.nu_max
+        first, second = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu, nu
+        if isinstance(nu_max, Tensor):
+            nu_max = torch.maximum(nu_max, nu / correction if amsgrad == "debiased" else nu)
+            second = nu_max * correction if amsgrad == "debiased" else nu_max
+        return size * first / (sqrt(second, under) + offset), AdamSlots(mu, nu, nu_max)
+
+    return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
 def adam(
@@ -146,9 +150,8 @@ def adam(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.9000])}
     """
-    rule, decay = scale_by_adam(*betas, eps=eps, amsgrad=amsgrad), add_decayed_weights(weight_decay, mask)
-    decayed = (rule, decay) if decoupled_weight_decay else (decay, rule)
-    return chain(negate_if(maximize), *decayed, scale_by_learning_rate(lr))
+    rule = scale_by_adam(*betas, eps=eps, amsgrad=amsgrad)
+    return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay, mask), scale_by_learning_rate(lr))
 
 
 def adamw(

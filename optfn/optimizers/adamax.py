@@ -9,7 +9,7 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, debias, lerp
+from optfn.numerics import Scalar, bias_correction, lerp
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -61,12 +61,12 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     def init(p: Tensor) -> AdamaxSlots:
         return AdamaxSlots(torch.zeros_like(p), torch.zeros_like(p))
 
-    def update(g: Tensor, slots: AdamaxSlots, p: Any, step: Tensor) -> tuple[Tensor, AdamaxSlots]:
+    def update(g: Tensor, slots: AdamaxSlots, p: Any, correction: Tensor) -> tuple[Tensor, AdamaxSlots]:
         mu = lerp(slots.mu, g, 1 - b1)
         nu = torch.maximum(b2 * slots.nu, g.abs() + eps)
-        return debias(mu, b1, step) / nu, AdamaxSlots(mu, nu)
+        return mu / (correction * nu), AdamaxSlots(mu, nu)
 
-    return leafwise(init, update, elementwise=True)
+    return leafwise(init, update, elementwise=True, at_step=lambda step: bias_correction(b1, step))
 
 
 def adamax(

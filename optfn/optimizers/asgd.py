@@ -1,6 +1,6 @@
 """ASGD: averaged stochastic gradient descent."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, full_like, lerp
+from optfn.numerics import Scalar, add_scaled, full_like, lerp
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale
@@ -75,13 +75,16 @@ def scale_by_asgd(
         one = torch.ones((), dtype=torch.float32, device=p.device)
         return AsgdSlots(p.detach().clone(), full_like(one, lr), one)
 
-    def update(g: Tensor, slots: AsgdSlots, p: Tensor, step: Tensor) -> tuple[Tensor, AsgdSlots]:
-        eta, time = torch.where(step == 1, full_like(step.float(), lr), slots.eta), as_time(step)
-        direction = eta * (g + lambd * p)
-        ax = lerp(slots.ax, p - direction, slots.mu)
-        return direction, AsgdSlots(ax, lr / (1 + lambd * lr * time) ** alpha, 1 / (time - t0).clamp_min(1))
+    def at_step(step: Tensor) -> tuple[Tensor, ...]:
+        time = as_time(step)
+        return step == 1, full_like(step.float(), lr), lr / (1 + lambd * lr * time) ** alpha, 1 / (time - t0).clamp_min(1)
 
-    return leafwise(init, update, needs_params=True)
+    def update(g: Tensor, slots: AsgdSlots, p: Tensor, step: Any) -> tuple[Tensor, AsgdSlots]:
+        is_first, start, eta, mu = step
+        direction = torch.where(is_first, start, slots.eta) * add_scaled(g, p, lambd)
+        return direction, AsgdSlots(lerp(slots.ax, p - direction, slots.mu), eta, mu)
+
+    return leafwise(init, update, at_step=at_step, needs_params=True)
 
 
 def asgd(

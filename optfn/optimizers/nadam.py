@@ -9,9 +9,9 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, debias, lerp, sqrt, widened_scalar
+from optfn.numerics import Scalar, average_square, bias_correction, lerp, sqrt, widened_scalar
 from optfn.schedules import ScalarOrSchedule, as_time
-from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
 
 __all__ = ["NAdamSlots", "nadam", "scale_by_nadam"]
@@ -73,15 +73,18 @@ def scale_by_nadam(
     def init(p: Tensor) -> NAdamSlots:
         return NAdamSlots(torch.zeros_like(p), torch.zeros_like(p), torch.ones((), device=p.device))
 
-    def update(g: Tensor, slots: NAdamSlots, p: Any, step: Tensor) -> tuple[Tensor, NAdamSlots]:
-        now, then = momentum(as_time(step)), momentum(as_time(step) + 1)
-        product = widened_scalar(slots.mu_product.float() * now.float())  # kept, and multiplied, in float32
-        mu = lerp(slots.mu, g, 1 - b1)
-        nu = b2 * slots.nu + (1 - b2) * g.square()
-        direction = (1 - now) / (1 - product) * g + then / (1 - product * then) * mu
-        return direction / (sqrt(debias(nu, b2, step)) + eps), NAdamSlots(mu, nu, product)
+    def at_step(step: Tensor) -> tuple[Tensor, ...]:
+        now, then, root = momentum(as_time(step)), momentum(as_time(step) + 1), bias_correction(b2, step).sqrt()
+        return now.float(), then, root * (1 - now), root * then, eps * root
 
-    return leafwise(init, update, elementwise=True)
+    def update(g: Tensor, slots: NAdamSlots, p: Any, step: Any) -> tuple[Tensor, NAdamSlots]:
+        now, then, first, second, offset = step
+        kept = slots.mu_product.float() * now  # in float32
+        product, mu, nu = widened_scalar(kept), lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        direction = torch.addcmul(first / (1 - product) * g, mu, second / (1 - product * then))
+        return direction / (sqrt(nu) + offset), NAdamSlots(mu, nu, kept)
+
+    return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
 def nadam(
@@ -120,6 +123,5 @@ def nadam(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.8944])}
     """
-    rule, decay = scale_by_nadam(*betas, eps=eps, momentum_decay=momentum_decay), add_decayed_weights(weight_decay)
-    decayed = (rule, decay) if decoupled_weight_decay else (decay, rule)
-    return chain(negate_if(maximize), *decayed, scale_by_learning_rate(lr))
+    rule = scale_by_nadam(*betas, eps=eps, momentum_decay=momentum_decay)
+    return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay), scale_by_learning_rate(lr))

@@ -9,9 +9,9 @@ from optfn.checks import number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, bias_correction, debias, lerp, sqrt
+from optfn.numerics import Scalar, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule, as_time
-from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
 
 __all__ = ["RAdamSlots", "radam", "scale_by_radam"]
@@ -73,23 +73,26 @@ def scale_by_radam(
     """
     b1, b2 = number("b1", b1, at_least=0, below=1), number("b2", b2, at_least=0, below=1)
     eps, eps_root = number("eps", eps, at_least=0), number("eps_root", eps_root, at_least=0)
-    threshold = number("threshold", threshold, at_least=4)
-    longest = 2 / (1 - b2) - 1
+    threshold, longest = number("threshold", threshold, at_least=4), 2 / (1 - b2) - 1
 
     def init(p: Tensor) -> RAdamSlots:
         return RAdamSlots(torch.zeros_like(p), torch.zeros_like(p))
 
-    def update(g: Tensor, slots: RAdamSlots, p: Any, step: Tensor) -> tuple[Tensor, RAdamSlots]:
-        mu, nu = lerp(slots.mu, g, 1 - b1), b2 * slots.nu + (1 - b2) * g.square()
+    def at_step(step: Tensor) -> tuple[Tensor, ...]:
         # In float64 also for float32 leaves: rho is a small difference of large numbers.
         weight = bias_correction(b2, as_time(step))
         rho = longest - 2 * as_time(step) * (1 - weight) / weight
-        trusted = torch.where(rho > threshold, rho, longest)  # where it is not used the root is that of 1
-        rectifier = ((trusted - 4) * (trusted - 2) * longest / ((longest - 4) * (longest - 2) * trusted)).sqrt()
-        root = sqrt(debias(nu, b2, step) + eps_root) + (eps / weight.sqrt() if eps_hat else eps)
-        return debias(mu, b1, step) * torch.where(rho > threshold, rectifier / root, 1), RAdamSlots(mu, nu)
+        # 1 where nu is to be trusted. Where it is not r is 1, and the update is divided by the root of 0 nu + 1, plus 0.
+        on, rho = (rho > threshold).to(rho.dtype), torch.where(rho > threshold, rho, longest)
+        r = torch.where(on == 1, (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho), 1).sqrt()
+        return r / bias_correction(b1, step), on / weight, 1 - on + on * eps_root, on * (eps / weight.sqrt() if eps_hat else eps)
 
-    return leafwise(init, update, elementwise=True)
+    def update(g: Tensor, slots: RAdamSlots, p: Any, step: Any) -> tuple[Tensor, RAdamSlots]:
+        size, share, under, offset = step
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        return size * mu / (sqrt(share * nu, under) + offset), RAdamSlots(mu, nu)
+
+    return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
 def radam(
@@ -126,6 +129,5 @@ def radam(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.5000])}
     """
-    rule, decay = scale_by_radam(*betas, eps=eps, eps_hat=True), add_decayed_weights(weight_decay)
-    decayed = (rule, decay) if decoupled_weight_decay else (decay, rule)
-    return chain(negate_if(maximize), *decayed, scale_by_learning_rate(lr))
+    rule = scale_by_radam(*betas, eps=eps, eps_hat=True)
+    return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay), scale_by_learning_rate(lr))

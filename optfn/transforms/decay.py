@@ -6,9 +6,9 @@ from optfn.checks import is_zero, number
 from optfn.compose import masked
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar
+from optfn.numerics import Scalar, add_scaled
 
-__all__ = ["add_decayed_weights"]
+__all__ = ["add_decayed_weights", "decayed"]
 
 
 def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> GradientTransformation:
@@ -36,5 +36,17 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Any = None) -> Gradien
     decay = number("weight_decay", weight_decay, at_least=0)
     if is_zero(decay):
         return identity()
-    tx = stateless_with_tree_map(lambda g, p: g + decay * p, needs_params=True)
+    tx = stateless_with_tree_map(lambda g, p: add_scaled(g, p, decay), needs_params=True)
     return tx if mask is None else masked(tx, mask)
+
+
+def decayed(rule: GradientTransformation, weight_decay: Scalar, decoupled: bool, mask: Any = None) -> tuple[Any, ...]:
+    """The links of an alias that may decay either way: :func:`add_decayed_weights` before the rule, or after it, ``decoupled``.
+
+    Example:
+        >>> tx = optfn.chain(*decayed(optfn.scale(10.0), 0.1, decoupled=True))
+        >>> tx.update(torch.ones(1), tx.init(torch.ones(1)), torch.ones(1))[0]
+        tensor([10.1000])
+    """
+    decay = add_decayed_weights(weight_decay, mask)
+    return (rule, decay) if decoupled else (decay, rule)

@@ -8,7 +8,7 @@ from torch import Tensor
 from optfn.checks import is_zero, number
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar
+from optfn.numerics import Scalar, add_scaled
 
 __all__ = ["TraceSlots", "trace"]
 
@@ -57,8 +57,8 @@ def trace(
         return TraceSlots(torch.zeros_like(p, dtype=accumulator_dtype))
 
     def update(g: Tensor, slots: TraceSlots, p: Any, step: Tensor) -> tuple[Tensor, TraceSlots]:
-        damped = g if is_zero(tau) else torch.where(step == 1, g, (1 - tau) * g)
-        buffer = mu * slots.trace + damped
-        return g + mu * buffer if nesterov else buffer, TraceSlots(buffer)
+        damped = g if is_zero(tau) else torch.where(step == 1, torch.ones_like(step), 1 - tau) * g
+        buffer = add_scaled(damped, slots.trace, mu)
+        return add_scaled(g, buffer, mu) if nesterov else buffer, TraceSlots(buffer)
 
     return leafwise(init, update, elementwise=True, sparse="dense")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.checks import number, scalar_or_schedule
-from optfn.core import GradientTransformation, transformation
-from optfn.leafwise import stateless_with_tree_map
+from optfn.core import GradientTransformation
+from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
 from optfn.numerics import Scalar, rms
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
@@ -118,12 +118,12 @@ def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: 
         count = tree.new_count(params)
         return kind(count, shown(value_at(count)))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def begin(leaves: Leaves, state: Any) -> Sweep:
         value = value_at(state.count)
-        updates, _ = scale(sign * value).update(updates, ())
-        return updates, kind(state.count + 1, shown(value))
+        each, _ = begin_of(scale(sign * value))(leaves, ())
+        return each, lambda: kind(state.count + 1, shown(value))
 
-    return transformation(init, update, elementwise=True)
+    return lifted(init, begin, elementwise=True)
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool = True) -> GradientTransformation:
