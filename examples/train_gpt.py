@@ -235,13 +235,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--backend", choices=("inductor", "aot_eager", "eager"), default="inductor", help="of torch.compile")
+    parser.add_argument("--backend", choices=("optfn", "inductor", "aot_eager", "eager"), default="optfn", help="of optfn.compile")
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="train with torch.optim, too")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device that torch can use")
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if args.backend == "inductor" and not shutil.which(compiler):
+    if args.backend in ("optfn", "inductor") and not shutil.which(compiler):
         parser.error(f"there is no C++ compiler {compiler}: install one, name yours in CXX, or use --backend aot_eager")
     return args
 

@@ -79,7 +79,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         tx: GradientTransformation | Factory,
         *,
         compile: bool = False,  # noqa: A002
-        backend: str | Callable[..., Any] = "inductor",
+        backend: str | Callable[..., Any] = "optfn",
         **options: Any,
     ) -> None:
         given: Any = tx
