@@ -315,9 +315,19 @@ class _Lift(NamedTuple):
 
 def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype) -> tuple[Tensor, Any]:
     """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
-    wide = slots._make([_widened(x, dtype) for x in slots])
+    wide = slots if _plain(slots, dtype) else slots._make([_widened(x, dtype) for x in slots])
     direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step)
-    return _narrowed(direction, g), new._make([_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
+    if wide is not slots or not _plain(new, dtype):
+        new = new._make([_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
+    return _narrowed(direction, g), new
+
+
+def _plain(slots: Any, dtype: torch.dtype) -> bool:
+    """Whether the tensors of these slots are what a rule in ``dtype`` is shown, so that nothing is to be cast."""
+    for x in slots:  # noqa: SIM110 - a loop is half the time of all() here, at every leaf
+        if isinstance(x, Tensor) and x.dtype != dtype:
+            return False
+    return True
 
 
 def _widened(x: Any, dtype: torch.dtype) -> Any:
