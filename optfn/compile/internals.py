@@ -44,7 +44,8 @@ _NEEDED = {
     "torch._inductor.fx_passes.joint_graph": ("joint_graph_passes",),
     "torch._inductor.lowering": ("clone", "fallback_handler", "register_lowering"),
     "torch._inductor.virtualized": ("V",),
-    "torch._subclasses.fake_tensor": ("FakeTensorMode",),
+    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
+    "torch.fx.experimental.symbolic_shapes": ("ShapeEnv",),
     "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
 }
 
@@ -118,11 +119,16 @@ def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Call
 def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     module = torch.fx.GraphModule({}, graph)
+    mode: Any = next(x.fake_mode for n in graph.nodes if isinstance(x := n.meta.get("val"), FakeTensor))
+    if mode.shape_env is None:  # without one Inductor's cache is not used; tracing is faster without
+        mode.shape_env = ShapeEnv()
     output: Any = next(n for n in graph.nodes if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    with tracing(TracingContext(fakes[0].fake_mode)):
+    with tracing(TracingContext(mode)):
         return compile_fx_inner(module, fakes, is_inference=True)
 
 
