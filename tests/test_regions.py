@@ -14,6 +14,7 @@ from torch import Tensor
 
 import optfn
 from optfn.compile import internals, regions
+from optfn.compile.trace import trace
 
 
 @pytest.fixture(autouse=True)
@@ -355,3 +356,20 @@ def test_an_unknown_torch_is_named_once_and_steps_still_compile(monkeypatch: pyt
         same((a, b), expected)
     monkeypatch.undo()
     internals.available.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(300, 1024), (1 << 18,), (7, 9, 4096), (1000, 1001)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_long_sums_are_sums_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As exact as torch's, and the same where a tensor is small, transposed or in no rows of a fitting length."""
+    x = torch.randn(shape, dtype=dtype) + 1
+    traced = trace(lambda x, y, z: [torch.linalg.vector_norm(x), y.sum(), z.sum()], [x, x.mT if x.ndim > 1 else x[::2], x[:3]])
+    before = len(traced.graph.nodes)
+    internals._sum_by_rows(traced.graph)
+    assert (len(traced.graph.nodes) == before) == (shape == (1000, 1001))
+    norm, total, few = torch.fx.GraphModule({}, traced.graph)(x, x.mT if x.ndim > 1 else x[::2], x[:3])
+    expected = x.double()
+    eps = 1e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(expected), rtol=eps, atol=0)
+    torch.testing.assert_close(total.double(), (expected.mT if x.ndim > 1 else expected[::2]).sum(), rtol=1e3 * eps, atol=0)
+    torch.testing.assert_close(few, x[:3].sum())
