@@ -66,7 +66,7 @@ def always(path: str, p: Any) -> bool:
         *(("adamw", "RATE", 1.01e-3), ("adamw", "DECAY", 0.09), ("adamw", "BETAS", (0.9, 0.99)), ("sgd", "MOMENTUM", 0.89)),
         *(("long", "AVERAGE", 0.98), ("long", "WARMUP", 5), ("long", "is_matrix", always)),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_another_step_is_found_out(bench: Any, monkeypatch: pytest.MonkeyPatch, recipe: str, name: str, value: Any) -> None:
     workload = workload_of(bench, (), recipe)
