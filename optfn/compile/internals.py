@@ -151,8 +151,8 @@ def compile_with_inductor(
 def _sum_by_rows(graph: torch.fx.Graph) -> None:
     """Let sums of all entries of large tensors be sums of sums of rows.
 
-    Inductor's C++ keeps one long sum in memory, and waits for that at every step (torch 2.13: half the speed of memory). For rows that
-    are not too long it keeps it in a register. Sums of rows are as exact: no number is added to more than a row or their count.
+    Inductor's C++ keeps one long sum in memory, and waits for that at every step (torch 2.13: half the speed of memory). For rows
+    that are not too long it keeps it in a register. Sums of rows are as exact.
     """
     aten = torch.ops.aten
     for n in list(graph.nodes):
