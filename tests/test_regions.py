@@ -166,6 +166,31 @@ def test_a_deeper_model_has_the_same_regions(name: str, layers: int, monkeypatch
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+def test_values_between_regions_are_freed_when_they_have_been_read() -> None:
+    """What the regions of one phase hand to those of the next is not held until the step is over."""
+
+    def by_norm(updates: Any, params: Any) -> Any:
+        return optfn.tree.map(lambda u: u.sin() / u.sin().norm(), updates)
+
+    params = {str(i): torch.randn(8, 8) for i in range(4)}
+    tx = optfn.chain(optfn.scale_by_adam(), optfn.stateless(by_norm))
+    with interpreted():
+        compiled = optfn.compile(step_of(tx), donate=("params", "state"))
+        compiled(params, tx.init(params), copies(params))
+    call = compiled._calls.calls[0]
+    assert call.program.calls > 2
+    tensors = optfn.tree.leaves(((params, tx.init(params), copies(params)), {}))
+    values = [*tensors, *call.held, *[None] * (call.program.size - len(tensors) - len(call.held))]
+    held = []
+    for step, done in call.program.steps:
+        step(values)
+        held.append(sum(x is not None for x in values[len(tensors) :]))
+        for i in done:
+            values[i] = None
+    assert max(held) > 0
+    assert not any(isinstance(x, Tensor) for i, x in enumerate(values) if i not in call.program.results and i >= len(tensors))
+
+
 def test_small_leaves_share_calls() -> None:
     params = {str(i): torch.randn(100, 50) for i in range(20)}
     tx = optfn.adamw()
@@ -271,14 +296,16 @@ def test_numbers_and_sizes_that_vary_are_left_to_dynamo() -> None:
     assert [call.program is not None for call in step._calls.calls].count(True) == 1
 
 
-def test_autocast_and_gradients_are_those_of_the_call() -> None:
-    """What is compiled under one global state is not used under another."""
+def test_global_state_is_that_of_the_call() -> None:
+    """What is traced under autocast is not used without, and the other way round."""
     p, x = torch.zeros(2, 2), torch.full((2, 2), 1 + 2**-10)
     step = optfn.compile(lambda p, x: p + (x @ x).float(), donate="p")
     with interpreted():
         plain = step(p, x).clone()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded = step(p.zero_(), x).clone()
+        assert torch.equal(step(p.zero_(), x), plain)
+    assert len(step._calls.calls) == 2
     assert torch.equal(plain, x @ x)
     assert torch.equal(rounded, torch.full((2, 2), 2.0))
 

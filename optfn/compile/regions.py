@@ -29,6 +29,7 @@ from optfn.compile.scalars import together
 __all__ = ["Program", "split"]
 
 aten = torch.ops.aten
+Step = Callable[[list[Any]], None]
 Compiled = Callable[[list[Any]], Sequence[Any]]
 CompileRegions = Callable[[list[tuple[Graph, list[Any]]]], list[Compiled]]
 
@@ -42,14 +43,14 @@ class Program(NamedTuple):
     """What to run: steps on numbered values.
 
     Attributes:
-        steps: functions of the list of all values, which they read and add to.
+        steps: functions of the list of all values, which they read and add to; and the values that nothing reads after that.
         size: how many values there are; the inputs come first.
         results: the number of each result, or a constant in a tuple.
         regions: how many distinct regions were compiled.
         calls: how many calls of them a step makes.
     """
 
-    steps: list[Callable[[list[Any]], None]]
+    steps: list[tuple[Step, list[int]]]
     size: int
     results: list[Any]
     regions: int
@@ -59,8 +60,10 @@ class Program(NamedTuple):
         """The results. ``inputs`` is emptied, so that values are freed when they have been used."""
         values: list[Any] = [*inputs, *[None] * (self.size - len(inputs))]
         inputs.clear()
-        for step in self.steps:
+        for step, done in self.steps:
             step(values)
+            for i in done:
+                values[i] = None
         return [r[0] if isinstance(r, tuple) else values[r] for r in self.results]
 
 
@@ -113,7 +116,7 @@ class _Splitter:
         self.component: dict[Node, Any] = {}
         self.regions: dict[Any, tuple[int, _Region]] = {}
         self.compiled: list[Compiled] = []
-        self.steps: list[Any] = []
+        self.steps: list[tuple[Step, list[int]]] = []  # and the values that each reads
         self.calls = 0
 
     def needed(self, nodes: list[Node]) -> set[Node]:
@@ -150,8 +153,16 @@ class _Splitter:
             for pack, parts in vectors.items():
                 self.pack(pack, parts)
         results = [self.slots[a] if isinstance(a, Node) else (a,) for a in self.final]
+        self.forget([r for r in results if isinstance(r, int)])
         self.compiled += compile_regions([region.graph() for _, region in self.regions.values()])
         return Program(self.steps, self.size, results, len(self.compiled), self.calls)
+
+    def forget(self, kept: list[int]) -> None:
+        """Of the values that steps read, leave those that are read for the last time."""
+        seen = {*kept}
+        for i, (step, reads) in reversed([*enumerate(self.steps)]):
+            self.steps[i] = step, [value for value in {*reads} if value not in seen]
+            seen.update(reads)
 
     def slot(self) -> int:
         self.size += 1
@@ -228,7 +239,7 @@ class _Splitter:
             for out, x in zip(outs, compiled[i]([values[slot] for slot in slots]), strict=True):
                 values[out] = x
 
-        self.steps.append(step)
+        self.steps.append((step, slots))
 
     def write(self, late: list[Node]) -> None:
         pairs = [(self.slots[n.all_input_nodes[0]], self.slots[n.all_input_nodes[1]]) for n in late]
@@ -238,7 +249,7 @@ class _Splitter:
                 values[old].copy_(values[new])
 
         if pairs:
-            self.steps.append(step)
+            self.steps.append((step, [i for pair in pairs for i in pair]))
 
     def pack(self, vector: Node, parts: list[tuple[list[Node], int]]) -> None:
         """A vector of results, in the order of the graph, from the parts that the regions give."""
@@ -251,7 +262,7 @@ class _Splitter:
             x = torch.cat([values[i] for i in slots]) if len(slots) > 1 else values[slots[0]]
             values[out] = x if order is None else x.index_select(0, order)
 
-        self.steps.append(step)
+        self.steps.append((step, slots))
 
     def unpack(self, rows: dict[Node, list[tuple[list[int], int]]]) -> None:
         """The parts of vectors that the regions are handed."""
@@ -265,7 +276,7 @@ class _Splitter:
                 for out, part in zip(outs, x.split(sizes), strict=True):
                     values[out] = part
 
-            self.steps.append(step)
+            self.steps.append((step, [source]))
 
 
 class _Region:

@@ -211,6 +211,11 @@ class _Call:
             leaves = [leaves[i] for i in self.places]
         return leaves if self.guards.fit(leaves) else None
 
+    def varies(self, other: "_Call") -> bool:
+        """Whether another call has the same donated tensors, but sizes or constants that are not the same."""
+        same = self.spec == other.spec and [self.kinds[j] for j in self.donated] == [other.kinds[j] for j in other.donated]
+        return same and (self.kinds != other.kinds or self.constants != other.constants)
+
     def record(self, fn: Callable[..., Any], signature: inspect.Signature, names: list[str], leaves: list[Any]) -> None:
         """Trace and compile the step."""
         structure: Any = None
@@ -320,17 +325,15 @@ class _Calls:
         leaves, spec = _flatten(args, kwargs)
         tensors: Any = [x for x in leaves if isinstance(x, Tensor)]
         plain = (torch.Tensor, torch.nn.Parameter)
-        if not all(type(x) in plain and x.layout == torch.strided and x.device.type != "meta" for x in tensors):
+        known = all(isinstance(x, Tensor | int | float | complex | str | bytes) or inspect.isfunction(x) for x in leaves)
+        if not (tensors and known and all(type(x) in plain and x.layout == torch.strided and not x.is_meta for x in tensors)):
             return None
         arguments = self.signature.bind(*args, **kwargs).arguments
         donated = {id(x) for name in self.names if name in arguments for x in tree.leaves(arguments[name])}
         call = _Call(spec, leaves, donated)
-        like = [
-            c for c in self.calls if c.spec == spec and [c.kinds[j] for j in c.donated] == [call.kinds[j] for j in call.donated]
-        ]
         self.bindings = bindings(self.fn)
         # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
-        if not like and self.bindings is not None:
+        if self.bindings is not None and not any(call.varies(other) for other in self.calls):
             try:
                 call.record(self.fn, self.signature, self.names, leaves)
             except Exception:  # Dynamo can do more, or says why not
