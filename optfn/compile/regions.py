@@ -134,6 +134,8 @@ class _Splitter:
             # What writes late is in no region with what writes in it.
             kinds = [[c for c in components if bool(c.late) is late] for late in (False, True)]
             buckets = [bucket for found in kinds if found for bucket in (_deal(found) if p % 2 == 0 else [found])]
+            if p % 4:  # there and back: what was read last is still in the cache
+                buckets.reverse()
             vectors: dict[Node, list[tuple[list[Node], int]]] = {}  # parts of each pack: its members, and their slot
             rows: dict[Node, list[tuple[list[int], int]]] = {}  # parts of each vector that a region is handed
             regions = [_Region(self, bucket) for bucket in buckets]

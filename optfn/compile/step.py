@@ -201,9 +201,12 @@ class _Call:
         self.held: list[Tensor] = []  # tensors that the function finds outside of its arguments
         self.memory = Memory(tensors, self.donated)
 
-    def tensors(self, spec: Any, leaves: list[Any]) -> list[Tensor] | None:
-        """The tensors among the leaves, if this is the way in which the step is called with them."""
-        if self.spec != spec:
+    def tensors(self, given: Any) -> list[Tensor] | None:
+        """The tensors of a call's arguments, if it is made in this way."""
+        try:
+            # An eighth of the time that optree takes to find the structure, for which it sorts the keys of every dict.
+            leaves = self.spec.flatten_up_to(given)
+        except (TypeError, ValueError):
             return None
         if self.constants:
             if any(type(leaves[i]) is not type(x) or leaves[i] != x for i, x in self.constants):
@@ -295,12 +298,6 @@ def _is_new(n: Node) -> bool:
     return isinstance(n.target, internals.OpOverload) and not n.target.is_view and not n.meta["val"].is_complex()
 
 
-def _flatten(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
-    """The leaves of a call, and its structure, of which None is a part: the tensors among the leaves are where they always are."""
-    given: Any = (args, kwargs)
-    return optree.tree_flatten(given, namespace=tree.NAMESPACE)
-
-
 class _Calls:
     """The ways in which a step has been called."""
 
@@ -311,18 +308,21 @@ class _Calls:
 
     def find(self, args: Any, kwargs: Any) -> tuple[_Call, list[Tensor]] | None:
         """The way in which this call is made, and its tensors, if it is known and the donated tensors have memory of their own."""
-        leaves, spec = _flatten(args, kwargs)
-        for call in self.calls:
-            tensors = call.tensors(spec, leaves)
+        for i, call in enumerate(self.calls):
+            tensors = call.tensors((args, kwargs))
             if tensors is not None:
                 if self.bindings is not None and not self.bindings.hold():
                     self.calls.clear()
                     return None
+                if i:
+                    self.calls.insert(0, self.calls.pop(i))
                 return (call, tensors) if call.memory.apart([*tensors, *call.held] if call.held else tensors) else None
         return None
 
     def add(self, args: Any, kwargs: Any) -> tuple[_Call, list[Tensor]] | None:
-        leaves, spec = _flatten(args, kwargs)
+        given: Any = (args, kwargs)
+        # None is a part of the structure: the tensors among the leaves are where they always are.
+        leaves, spec = optree.tree_flatten(given, namespace=tree.NAMESPACE)
         tensors: Any = [x for x in leaves if isinstance(x, Tensor)]
         plain = (torch.Tensor, torch.nn.Parameter)
         known = all(isinstance(x, Tensor | int | float | complex | str | bytes) or inspect.isfunction(x) for x in leaves)
