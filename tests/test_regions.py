@@ -400,3 +400,19 @@ def test_long_sums_are_sums_of_rows(shape: tuple[int, ...], dtype: torch.dtype) 
     torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(expected), rtol=eps, atol=0)
     torch.testing.assert_close(total.double(), (expected.mT if x.ndim > 1 else expected[::2]).sum(), rtol=1e3 * eps, atol=0)
     torch.testing.assert_close(few, x[:3].sum())
+
+
+def test_equal_calls_are_one_and_others_are_not() -> None:
+    def fn(x: Tensor, v: Tensor) -> Any:
+        zeros = x.abs() * 0.0, x.abs() * -0.0, x.abs() * False
+        products = v @ x, v @ x, (v @ x).sin() + (v @ x).sin()
+        return x.clone(), [1 / y for y in zeros[:2]], zeros[2], *products
+
+    x, v = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    expected = copies(fn(x, v))
+    with interpreted() as graphs:
+        step = optfn.compile(fn, donate="x")
+        same(step(x, v), expected)
+    assert step._calls.calls[0].program is not None
+    targets = [n.target for g in graphs for n in g.nodes]
+    assert targets.count(torch.ops.aten.abs.default) == 1

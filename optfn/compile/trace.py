@@ -98,7 +98,7 @@ class _Recorder(TorchDispatchMode):
             raise NotTraceableError(f"{func} is no pure operator")
         flat, spec = optree.tree_flatten((args, kwargs), none_is_leaf=True)  # type: ignore[arg-type]
         flat = [self.node(x) if isinstance(x, Tensor) else x for x in flat]
-        key = (func, spec, *((type(x), x) for x in flat))
+        key = (func, spec, *((type(x), repr(x) if isinstance(x, float) else x) for x in flat))  # 0.0 == -0.0
         if key in self.known:
             # Autograd, where the function uses it, wants a tensor of its own for each call.
             return optree.tree_map(lambda x: self.alias(x) if isinstance(x, Tensor) else x, self.known[key])
@@ -123,6 +123,7 @@ class _Recorder(TorchDispatchMode):
         node.meta["val"] = x.detach()
         view = getattr(getattr(torch.ops.aten, func.overloadpacket.__name__.removesuffix("_")), func._overloadname)
         result = func(*args, **kwargs)
+        self.known = {key: y for key, y in self.known.items() if y is not x}
         self.own(self.graph.call_function(view, (node, *args[1:]), kwargs), x)
         return result
 
