@@ -40,6 +40,7 @@ _NEEDED = {
     "torch._guards": ("TracingContext", "tracing"),
     "torch._inductor.async_compile": ("AsyncCompile",),
     "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
+    "torch._inductor.config": ("alignment_asserts", "patch", "scalar_asserts", "size_asserts"),
     "torch._inductor.decomposition": ("select_decomp_table",),
     "torch._inductor.fx_passes.joint_graph": ("joint_graph_passes",),
     "torch._inductor.lowering": ("clone", "fallback_handler", "register_lowering"),
@@ -118,6 +119,7 @@ def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Call
 
 def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     from torch._guards import TracingContext, tracing
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -129,7 +131,8 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
         mode.shape_env = ShapeEnv()
     output: Any = next(n for n in graph.nodes if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    with tracing(TracingContext(mode)):
+    # What is asserted of every input at every call has been guarded already.
+    with tracing(TracingContext(mode)), config.patch(size_asserts=False, alignment_asserts=False, scalar_asserts=False):
         return compile_fx_inner(module, fakes, is_inference=True)
 
 
