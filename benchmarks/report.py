@@ -246,27 +246,29 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = {name: results["workloads"].get(name, {"rows": {}}) for name in ("adamw-148", "long-148", "clip-580")}
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(13, 8), layout="constrained")
     panels = figure.subplots(2, 2).flat
     for ax, (name, found) in zip(panels, shown.items(), strict=False):
         rows = {who: row["ratio"] for who, row in found["rows"].items() if "ratio" in row}
         rows = dict(sorted(rows.items(), key=lambda item: -item[1]))
         ax.barh(list(rows), list(rows.values()), color=[colour(who) for who in rows])
         ax.axvline(1.0, color="#777777", linewidth=0.8)
-        ax.set(title=found.get("title", name), xlabel="step ÷ torch fused")
+        ax.set_title(found.get("title", name), loc="left")
+        ax.set_xlabel("step ÷ torch fused")
     ax, rows = panels[3], shown["adamw-148"]["rows"]
     rows = {who: row["cold"] for who, row in rows.items() if "over" in row.get("cold", {})}
     rows = dict(sorted(rows.items(), key=lambda item: -item[1]["over"]))
     ax.barh(list(rows), [row["floor"] for row in rows.values()], color="#dddddd")
     lefts = [row["floor"] for row in rows.values()]
     ax.barh(list(rows), [row["over"] for row in rows.values()], left=lefts, color=[colour(who) for who in rows])
-    ax.set(title="AdamW, 148 leaves", xlabel="seconds of a cold compile (grey: the floor)")
+    ax.set_title("AdamW, 148 leaves", loc="left")
+    ax.set_xlabel("cold compile, s (grey: the floor)")
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         if not ax.patches:
             ax.text(0.5, 0.5, "not measured yet", transform=ax.transAxes, ha="center", color="#777777")
     with matplotlib.rc_context({"svg.hashsalt": "optfn", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def colour(contender: str) -> str:
