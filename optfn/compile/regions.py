@@ -102,8 +102,8 @@ class _Splitter:
     def __init__(self, graph: Graph, phases: Phases) -> None:
         self.kind, self.phase, self.model = phases
         nodes = list(graph.nodes)
-        self.order = {n: i for i, n in enumerate(nodes)}
         self.final: list[Any] = list(next(n for n in nodes if n.op == "output").args[0])
+        self.given = {a for a in self.final if isinstance(a, Node)}
         self.live = self.needed(nodes)
         self.slots = {n: i for i, n in enumerate(n for n in nodes if n.op == "placeholder")}
         self.size = len(self.slots)
@@ -113,14 +113,13 @@ class _Splitter:
                 self.by_phase[self.phase[n]].append(n)
         self.packs = [n for n in nodes if self.kind.get(n) == "pack" and n in self.live]
         self.pack_of = {a: n for n in self.packs for a in n.all_input_nodes}
-        self.component: dict[Node, Any] = {}
         self.regions: dict[Any, tuple[int, _Region]] = {}
         self.compiled: list[Compiled] = []
         self.steps: list[tuple[Step, list[int]]] = []  # and the values that each reads
         self.calls = 0
 
     def needed(self, nodes: list[Node]) -> set[Node]:
-        live = {a for a in self.final if isinstance(a, Node)}
+        live = set(self.given)
         for n in reversed(nodes):
             if n in live or (n.op == "call_function" and is_write(n)):
                 live.add(n)
@@ -214,10 +213,9 @@ class _Splitter:
             return (type(a).__name__, repr(a))
 
         results, packed, key = [], [], []
-        final = {a for a in self.final if isinstance(a, Node)}
         for n in nodes:
             users = [u for u in n.users if u in self.live and u not in inside]
-            given = n in final or any(self.kind.get(u) != "pack" for u in users)
+            given = n in self.given or any(self.kind.get(u) != "pack" for u in users)
             if given:
                 results.append(n)
             if n in self.pack_of:
