@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from steps import long_chain, matrices, step_of
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
@@ -66,18 +67,6 @@ def some_grads(params: Any, n: int) -> list[Any]:
     return [optfn.tree.map(torch.randn_like, params) for _ in range(n)]
 
 
-def step_of(tx: optfn.GradientTransformation) -> Callable[..., Any]:
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
-        return optfn.apply_updates(params, updates), state
-
-    return step
-
-
-def matrices(path: str, p: Tensor) -> bool:
-    return p.ndim >= 2
-
-
 OPTIMIZERS = {
     "sgd": lambda: optfn.sgd(0.1),
     "sgd nesterov": lambda: optfn.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -86,13 +75,7 @@ OPTIMIZERS = {
     "adamw": lambda: optfn.adamw(0.1, mask=matrices),
     "adagrad": lambda: optfn.adagrad(0.1, lr_decay=0.1),
     "rmsprop": lambda: optfn.rmsprop(0.1, momentum=0.9, centered=True),
-    "chain": lambda: optfn.chain(
-        optfn.clip_by_global_norm(1.0),
-        optfn.scale_by_adam(),
-        optfn.add_decayed_weights(0.1, mask=matrices),
-        optfn.scale_by_learning_rate(optfn.warmup_cosine_decay_schedule(0.0, 0.1, 3, 10)),
-        optfn.ema_params(0.9),
-    ),
+    "chain": long_chain,
     "partition": lambda: optfn.partition(
         {"w": optfn.adam(0.1), "rest": optfn.freeze()}, lambda path, p: "w" if path == "w" else "rest"
     ),

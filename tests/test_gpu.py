@@ -1,10 +1,10 @@
 """A donated step on a GPU: the numbers of the CPU, nothing that waits for the device, and a CUDA graph of it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from steps import long_chain, step_of
 from torch import Tensor
 
 import optfn
@@ -19,29 +19,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def matrices(path: str, p: Tensor) -> bool:
-    return p.ndim >= 2
-
-
-def long_chain() -> optfn.GradientTransformation:
-    return optfn.chain(
-        optfn.clip_by_global_norm(1.0),
-        optfn.scale_by_adam(),
-        optfn.add_decayed_weights(0.1, mask=matrices),
-        optfn.scale_by_learning_rate(optfn.warmup_cosine_decay_schedule(0.0, 0.1, 3, 10)),
-        optfn.ema_params(0.9),
-    )
-
-
 CHAINS = {"sgd": lambda: optfn.sgd(0.1, momentum=0.9), "adamw": lambda: optfn.adamw(0.1), "long": long_chain}
-
-
-def step_of(tx: optfn.GradientTransformation) -> Callable[..., Any]:
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optfn.apply_updates(params, updates), state
-
-    return step
 
 
 def on(device: str, of: Any) -> Any:

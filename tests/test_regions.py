@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import interpreted
+from steps import long_chain, step_of
 from torch import Tensor
 
 import optfn
@@ -113,28 +114,6 @@ def gpt(layers: int, width: int = 8) -> dict[str, Tensor]:
     shapes = {f"blocks.{i}.{name}": shape for i in range(layers) for name, shape in of_layer.items()}
     shapes |= {"token.weight": (40, width), "position.weight": (16, width), "ln.weight": (width,), "ln.bias": (width,)}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
-
-
-def matrices(path: str, p: Tensor) -> bool:
-    return p.ndim >= 2
-
-
-def long_chain() -> optfn.GradientTransformation:
-    return optfn.chain(
-        optfn.clip_by_global_norm(1.0),
-        optfn.scale_by_adam(),
-        optfn.add_decayed_weights(0.1, mask=matrices),
-        optfn.scale_by_learning_rate(optfn.warmup_cosine_decay_schedule(0.0, 0.1, 3, 10)),
-        optfn.ema_params(0.9),
-    )
-
-
-def step_of(tx: optfn.GradientTransformation) -> Callable[..., Any]:
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optfn.apply_updates(params, updates), state
-
-    return step
 
 
 # Regions of tensors: a layer and what is in no layer, for the norms and for the updates; and one of scalars.
