@@ -182,7 +182,7 @@ def _of_mapping(x: Any) -> tuple[Any, ...]:
 
 def _is_known(names: dict[str, Any]) -> bool:
     """Whether these are the globals of a module whose functions are known."""
-    name = names.get("__name__")
+    name: Any = names.get("__name__")
     module: Any = sys.modules.get(name) if isinstance(name, str) else None
     if module is None or vars(module) is not names:
         return False
@@ -208,10 +208,10 @@ class _Reader:
         if type(x) in _IMMUTABLE or id(x) in self.seen:
             return
         self.seen[id(x)] = x
-        kind = type(x)
+        kind: Any = type(x)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             self.tensor(x)
-        elif kind is tuple or kind is frozenset or (isinstance(x, tuple) and is_named_tuple(kind)):
+        elif kind is tuple or kind is frozenset or is_named_tuple(kind):
             if kind not in (tuple, frozenset):
                 self.named_tuple(kind)
             self.values(x, ours)
@@ -258,9 +258,9 @@ class _Reader:
 
     def function(self, f: types.FunctionType) -> None:
         known = _is_known(f.__globals__)
-        self.look(_of_function, f)
         self.values((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *f.__dict__.values()), known)
         if not known:
+            self.look(_of_function, f)
             self.code(f.__code__, f, dict(zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)))
             return
         for cell in f.__closure__ or ():

@@ -286,9 +286,8 @@ def _operators() -> frozenset[Any]:
 
 def is_operator(f: Any) -> bool:
     """Whether a function of torch does nothing that its calls of operators, which a trace writes down, do not show."""
-    if isinstance(f, types.FunctionType) and (
-        f.__globals__ is vars(torch.functional) or f.__globals__ is vars(torch.nn.functional)
-    ):
+    names = getattr(f, "__globals__", None)
+    if names is not None and any(names is vars(module) for module in (torch.functional, torch.nn.functional)):
         return True
     return f in _operators()
 

@@ -173,10 +173,12 @@ def _by_dynamo(
             # Dynamo takes -0.0 for 0.0 (torch 2.13).
             special = tuple(repr(x) for x in leaves if isinstance(x, float) and not x)
             result, late = compiled(special)(bound.args, bound.kwargs)
-        except Exception:
+        except Exception as error:
+            if _INSIDE in str(error):
+                raise RuntimeError(_INSIDE) from None
             # What is wrong with the arguments is said best by the function itself, on copies.
-            if (error := _error(step, bound)) is not None:
-                raise error from None
+            if (own := _error(step, bound)) is not None:
+                raise own from None
             raise
         for old, new in late:
             old.copy_(new)
@@ -233,10 +235,8 @@ class _Call:
 
     program: Program | None = None
 
-    def __init__(self, given: Any, donated: set[int]) -> None:
-        self.structure = Structure(given)
-        self.spec = optree.tree_structure(given, namespace=tree.NAMESPACE)  # type: ignore[arg-type]
-        leaves = self.structure.leaves
+    def __init__(self, structure: Structure, leaves: list[Any], spec: Any, donated: set[int]) -> None:
+        self.structure, self.spec = structure, spec
         first: dict[int, int] = {}
         self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and first.setdefault(id(x), i) == i]
         self.again = [(i, first[id(x)]) for i, x in enumerate(leaves) if isinstance(x, Tensor) and first[id(x)] != i]
@@ -277,15 +277,17 @@ class _Call:
         same = self.spec == other.spec and [self.kinds[j] for j in self.donated] == [other.kinds[j] for j in other.donated]
         return same and (self.kinds != other.kinds or list(map(repr, self.constants)) != list(map(repr, other.constants)))
 
-    def record(self, fn: Callable[..., Any], signature: inspect.Signature, names: list[str], bindings: Bindings) -> None:
+    def record(
+        self, fn: Callable[..., Any], signature: inspect.Signature, names: list[str], leaves: list[Any], bindings: Bindings
+    ) -> None:
         """Trace and compile the step."""
         result_structure: Any = None
         targets: dict[int, int] = {}
-        tensors = [self.structure.leaves[i] for i in self.places]
+        tensors = [leaves[i] for i in self.places]
 
         def flat(*inputs: Tensor) -> list[Any]:
             nonlocal result_structure
-            given = list(self.structure.leaves)
+            given = list(leaves)
             for i, x in zip(self.places, inputs, strict=True):
                 given[i] = x
             for i, j in self.again:
@@ -326,6 +328,11 @@ class _Call:
         # The kernels write to memory, of which autograd knows nothing.
         torch.autograd.graph.increment_version([tensors[j] for j in self.counted])
         return self.result_structure.unflatten([tensors[r] if isinstance(r, int) else found[r[0]] for r in self.results])
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether a leaf is a tensor like any other, or a constant."""
+    return (type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided) or type(x) in _CONSTANTS
 
 
 def _equal(x: Any, constant: Any) -> bool:
@@ -404,21 +411,20 @@ class _Calls:
         arguments = self.signature.bind(*args, **kwargs).arguments
         donated = {id(x) for name in self.names if name in arguments for x in tree.leaves(arguments[name])}
         with self.lock, internals.compiling():
+            leaves: list[Any] = []
             try:
-                structure = Structure(given)
+                structure = Structure(given, leaves)
             except UnknownContainerError:
                 return None
-            tensors = [x for x in structure.leaves if isinstance(x, Tensor)]
-            plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided for x in tensors)
-            if not (tensors and plain and all(isinstance(x, Tensor) or type(x) in _CONSTANTS for x in structure.leaves)):
+            if not (any(isinstance(x, Tensor) for x in leaves) and all(map(_is_plain, leaves))):
                 return None
-            call = _Call(given, donated)
-            tensors = [structure.leaves[i] for i in call.places]
+            call = _Call(structure, leaves, optree.tree_structure(given, namespace=tree.NAMESPACE), donated)
+            tensors = [leaves[i] for i in call.places]
             known = bindings(self.fn, structure.classes)
             # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
             if known is not None and not any(call.varies(other) for other in self.calls) and not self._rebinds(given):
                 try:
-                    call.record(self.fn, self.signature, self.names, known)
+                    call.record(self.fn, self.signature, self.names, leaves, known)
                 except Exception:  # Dynamo can do more, or says why not
                     internals.log.debug("%s is left to Dynamo", self.fn, exc_info=True)
             call.apart(tensors)
@@ -431,9 +437,9 @@ class _Calls:
         if alike < _REBINDINGS:
             return False
         warnings.warn(
-            f"{getattr(self.fn, '__qualname__', self.fn)!r} was compiled {alike} times for the same arguments, as a number or a "
-            "function that it closes over is bound anew between calls. Pass it as an argument: a number as a 0-dim tensor is "
-            "compiled once. torch.compile guards it from now on.",
+            f"{getattr(self.fn, '__qualname__', self.fn)!r} was compiled {alike} times for the same arguments, as something that "
+            "it closes over is bound anew between calls. Pass it as an argument, a number as a 0-dim tensor: that is compiled once. "
+            "From now on torch.compile guards it.",
             stacklevel=5,
         )
         return True
