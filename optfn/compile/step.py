@@ -438,7 +438,7 @@ class _Calls:
             return False
         warnings.warn(
             f"{getattr(self.fn, '__qualname__', self.fn)!r} was compiled {alike} times for the same arguments, as something that "
-            "it closes over is bound anew between calls. Pass it as an argument, a number as a 0-dim tensor: that is compiled once. "
+            "it closes over is bound anew between calls. Pass it as an argument, a number as a 0-dim tensor: it is compiled once. "
             "From now on torch.compile guards it.",
             stacklevel=5,
         )
