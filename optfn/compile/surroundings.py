@@ -60,11 +60,9 @@ class Surroundings:
             for name, hooks in vars(torch.nn.modules.module).items():
                 if name.startswith("_global_") and isinstance(hooks, dict):
                     self.look(lambda x: tuple(x.values()), hooks)
-        elif isinstance(x, list | tuple | set | frozenset):
-            for child in x:
-                self.reach(child, depth + 1)
-        elif isinstance(x, dict):
-            for child in x.values():
+        elif isinstance(x, list | tuple | set | frozenset | dict):
+            children: Any = x.values() if isinstance(x, dict) else x
+            for child in children:
                 self.reach(child, depth + 1)
         elif isinstance(x, random.Random) or type(x).__module__.startswith("numpy.random"):
             self.compiles = False
