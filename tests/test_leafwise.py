@@ -35,8 +35,8 @@ with warnings.catch_warnings(action="ignore"):
 BAD_GRADS = {
     "missing leaf": ("a.b", ..., ValueError, "'a.b' is only in"),
     "leaf too many": ("a.x", torch.ones(1), ValueError, "'a.x' is only in updates"),
-    "another name": ("a", {"w": torch.ones(2, 3), "v": torch.ones(3)}, ValueError, "'a.v' is only in updates, 'a.b' is only in"),
-    "another container": ("a", [torch.ones(3), torch.ones(2, 3)], ValueError, "'a.0' is only in updates, 'a.b' is only in"),
+    "another name": ("a", {"w": torch.ones(2, 3), "v": torch.ones(3)}, ValueError, "'a.v' is only in updates"),
+    "another container": ("a", [torch.ones(3), torch.ones(2, 3)], ValueError, "'a.0' is only in updates"),
     "another shape": ("a.w", torch.ones(3, 2), ValueError, r"'a.w' must have an update like .* \(2, 3\), got .* \(3, 2\)"),
     "one that would broadcast": ("a.w", torch.ones(3), ValueError, r"'a.w' must have an update like .* \(2, 3\), got .* \(3,\)"),
     "0-dim": ("a.b", torch.ones(()), ValueError, r"'a.b' must have an update like .* \(3,\), got .* \(\)"),
@@ -108,7 +108,7 @@ def test_a_state_of_other_parameters(rule):
 def test_params_of_another_structure():
     tx = optfn.scale_by_adam()
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"params must have the structure of updates: 'a.b' is only in updates"):
+    with pytest.raises(ValueError, match=r"updates must have the structure of params: 'a.b' is only in updates"):
         tx.update(GRADS, state, with_(PARAMS, "a.b", ...))
     with pytest.raises(ValueError, match=r"'a.b' is only in"):
         tx.update(with_(GRADS, "a.b", ...), state, with_(PARAMS, "a.b", ...))
@@ -117,9 +117,6 @@ def test_params_of_another_structure():
 @pytest.mark.parametrize(
     ("params", "kind", "message"),
     [
-        ({}, ValueError, "^optimizer got an empty parameter tree$"),
-        ([], ValueError, "^optimizer got an empty parameter tree$"),
-        ({"a": {}, "b": ()}, ValueError, "^optimizer got an empty parameter tree$"),
         ({"a": {"b": torch.ones(2, dtype=torch.int32)}}, TypeError, "'a.b' must be a dense floating-point .* got torch.int32"),
         ({"a": {"b": SPARSE}}, TypeError, "'a.b' must be a dense floating-point .* got torch.sparse_coo"),
         ({"a": [torch.ones(1), 2.0]}, TypeError, "params at 'a.1' must be a tensor or None, got float"),

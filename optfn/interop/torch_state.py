@@ -92,6 +92,9 @@ def load_torch_state(
         >>> optfn.tree.get(state, "step"), optfn.tree.get(state, "mu")
         (tensor([1]), [tensor([0.1000])])
     """
+    given: Any = optimizer_state_dict
+    if isinstance(given, torch.optim.Optimizer):
+        raise TypeError("load_torch_state takes a state dict, got the optimizer: write optimizer.state_dict()")
     given = _read(optimizer_state_dict, params)
     state = tx.init(params)
     if isinstance(state, LbfgsState):

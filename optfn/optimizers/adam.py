@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import is_zero, number
+from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -111,6 +111,7 @@ def scale_by_adam(
     return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
+@alias
 def adam(
     lr: ScalarOrSchedule = 1e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
@@ -154,6 +155,7 @@ def adam(
     return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay, mask), scale_by_learning_rate(lr))
 
 
+@alias
 def adamw(
     lr: ScalarOrSchedule = 1e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
