@@ -103,10 +103,10 @@ def minimize(
         raise TypeError(f"minimize takes a function first, minimize(fun, params, tx), got {type(fun).__name__}")
     check_transformation(tx, "minimize", "minimize(fun, params, tx)")
     tree.checked(params, "minimize: params")
-    if torch._C._functorch.maybe_current_level() is not None:
+    if _in_transform():
         raise RuntimeError(
-            "minimize cannot be differentiated or batched: its loop goes by the values of numbers. Call it outside of torch.func.grad "
-            "and vmap, once for each problem; or make a number of steps with tx.update, which can be both"
+            "minimize cannot be differentiated or batched: its loop goes by the values of numbers. Call it outside of "
+            "torch.func.grad and vmap, once for each problem; or make a number of steps with tx.update, which can be both"
         )
     steps_and_evals = {"max_steps": max_steps, "max_evals": max_evals}
     tolerances = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
@@ -146,6 +146,12 @@ def minimize(
             reason = reason_to_stop(steps, size, moved, abs(new_f - f))
             f = new_f
     return MinimizeResult(params, state, value, norm, steps, evaluate.count, reason)
+
+
+def _in_transform() -> bool:
+    """Whether this is called inside of a transform of torch.func, of which torch says nothing in public (2.13)."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return functorch.maybe_current_level() is not None
 
 
 class _Evaluations:
