@@ -16,6 +16,7 @@ __all__ = [
     "alias",
     "check_factory",
     "check_no_state",
+    "check_schedule",
     "check_state",
     "check_step",
     "is_zero",
@@ -78,7 +79,8 @@ def number(
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
         return widened_scalar(value if value.ndim == 0 else value.reshape(()))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+        advice = f": write {name}=float(...)" if isinstance(value, str) or hasattr(value, "__float__") else ""
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}{advice}")
     bounds = [
         (f">= {at_least}", at_least is None or value >= at_least),
         (f"> {above}", above is None or value > above),
@@ -103,8 +105,31 @@ def scalar_or_schedule(name: str, value: Any, *, at_least: float | None = None, 
         ValueError: lr must be >= 0, got -1.0
     """
     if callable(value) and not isinstance(value, Tensor):
+        check_schedule(name, value)
         return value
     return number(name, value, at_least=at_least, above=above, finite=True)
+
+
+def check_schedule(name: str, schedule: Callable[..., Any]) -> None:
+    """Raise a TypeError where a function cannot be called with a step alone, as a schedule is.
+
+    Example:
+        >>> check_schedule("lr", optfn.cosine_decay_schedule)
+        Traceback (most recent call last):
+        ...
+        TypeError: lr: a schedule is a function of the step alone, cosine_decay_schedule is not: call it if it makes one,
+        cosine_decay_schedule(...)
+    """
+    if torch.compiler.is_dynamo_compiling():  # which has no signatures
+        return
+    try:
+        inspect.signature(schedule).bind(0)
+    except ValueError:  # a function without a signature
+        return
+    except TypeError:
+        title = getattr(schedule, "__name__", type(schedule).__name__)
+        call = "" if title == "<lambda>" else f": call it if it makes one, {title}(...)"
+        raise TypeError(f"{name}: a schedule is a function of the step alone, {title} is not{call}") from None
 
 
 def is_zero(value: Any) -> bool:
@@ -189,9 +214,11 @@ def _unknown(title: str, name: str, names: tuple[str, ...]) -> str:
 
 def _check_rate(title: str, lr: Any) -> None:
     # Any function may be a schedule, but a module is a model.
-    if isinstance(lr, torch.nn.Module) or (hasattr(lr, "__iter__") and not isinstance(lr, Tensor | str)):
+    if isinstance(lr, torch.nn.Module) or (hasattr(lr, "__iter__") and not isinstance(lr, str) and not hasattr(lr, "__float__")):
         kind, advice = type(lr).__name__, _TO_INIT.format(alias=title)
         raise TypeError(f"{title}: lr must be a number, a 0-dim tensor or a schedule, got {kind}; {advice}")
+    if callable(lr) and not isinstance(lr, Tensor):
+        check_schedule("lr", lr)
 
 
 def _check_length(name: str, value: Any, default: tuple[Any, ...]) -> None:
@@ -249,12 +276,12 @@ def refuse_torch(owner: str, factory: Any) -> None:
         >>> refuse_torch("TorchOptimizer", torch.optim.AdamW)
         Traceback (most recent call last):
         ...
-        TypeError: TorchOptimizer takes a function of optfn, optfn.adamw perhaps, got AdamW of torch.optim
+        TypeError: TorchOptimizer takes what is of optfn, optfn.adamw perhaps, got AdamW of torch.optim
     """
     kind = factory if isinstance(factory, type) else type(factory)
     if issubclass(kind, torch.optim.Optimizer):
         name = kind.__name__
-        raise TypeError(f"{owner} takes a function of optfn, optfn.{name.lower()} perhaps, got {name} of torch.optim")
+        raise TypeError(f"{owner} takes what is of optfn, optfn.{name.lower()} perhaps, got {name} of torch.optim")
 
 
 def check_factory(owner: str, factory: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import check_no_state
+from optfn.checks import check_no_state, refuse_torch
 
 __all__ = [
     "GradientTransformation",
@@ -125,6 +125,7 @@ def check_transformation(tx: Any, owner: str, example: str = "") -> None:
     """
     if isinstance(tx, GradientTransformation):
         return
+    refuse_torch(owner, tx)
     got = type(tx).__name__
     if callable(tx) and not isinstance(tx, type):
         name = getattr(tx, "__name__", got)

@@ -179,7 +179,7 @@ def leafwise(
             dtype = _real_dtype(values, p)
             try:
                 direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
-            except (AttributeError, RuntimeError) as error:
+            except (AttributeError, RuntimeError, TypeError) as error:
                 _explain(error, update, leaves, i, slots[i])
                 raise
             return rebuild(direction) if rebuild else direction
@@ -311,7 +311,8 @@ def _by_leaf(leaves: Leaves, state: LeafwiseState) -> tuple[list[Any], Any]:
             entries, spec = tree.fit(leaves.spec, field, "the state", like, _ADVICE if leaves.params is None else "")
         columns.append(entries)
     if len(state.step) != count:
-        raise ValueError(f"the state is of {len(state.step)} leaves, {like} has {count}: make it with tx.init(params)")
+        advice = _ADVICE if leaves.params is None else ": make it with tx.init(params)"
+        raise ValueError(f"the state is of {len(state.step)} leaves, {like} has {count}{advice}")
     slots = [type(state.slots)(*row) for row in zip(*columns, strict=True)] if columns else [state.slots] * count
     return slots, spec
 
@@ -393,7 +394,8 @@ def _explain(error: Exception, rule: Rule, leaves: Leaves, i: int, slots: Any) -
     if isinstance(error, RuntimeError):
         things = {"the update": leaves.grads[i], "the parameter": leaves.owners[i], "the state": slots}
         on_devices(error, _where(rule, leaves.updates, i), things)
-    elif isinstance(error, AttributeError) and type(error.obj) is type(slots):
+    lacks = isinstance(error, TypeError) and "tuple" in str(error) and any(isinstance(x, tuple) for x in slots)  # a slot not kept
+    if lacks or (isinstance(error, AttributeError) and type(error.obj) is type(slots)):
         raise TypeError(_of_another(rule, slots)) from error
 
 

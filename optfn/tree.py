@@ -618,6 +618,9 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
         >>> from_flat_dict(to_flat_dict(state), like=tx.init({"w": torch.zeros(2)}))
         LeafwiseState(step=tensor([0]), slots=TraceSlots(trace={'w': tensor([0., 0.])}))
     """
+    given: Any = flat
+    if not isinstance(given, Mapping):
+        raise TypeError(f"from_flat_dict(flat, like): flat must be a dict, got {type(given).__name__}")
     found, spec = flatten(like)
     named = dict(zip(paths(like), found, strict=True))
     missing = [path for path, x in named.items() if x is not None and path not in flat]
@@ -667,7 +670,16 @@ def checked(tree: Any, name: str) -> tuple[list[Any], Any]:
         TypeError: params at 'w' must be a tensor or None, got float
     """
     found, spec = flatten(tree)
-    check_leaves(found, spec, name)
+    try:
+        check_leaves(found, spec, name)
+    except TypeError as error:
+        first: Any = tree[0] if isinstance(tree, list | tuple) and len(tree) else None
+        if isinstance(first, dict) and "params" in first:
+            groups = "these are groups of torch.optim: pass one tree, and choose leaves by optfn.partition or by masks"
+            raise TypeError(f"{error}; {groups}") from None
+        if isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], str):
+            raise TypeError(f"{error}; these are pairs: pass dict(...) of them") from None
+        raise
     return found, spec
 
 

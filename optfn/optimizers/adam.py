@@ -101,9 +101,10 @@ def scale_by_adam(
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
         correction, size, offset, under, ahead = step
-        mu, nu, nu_max = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2), slots.nu_max
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        nu_max: Any = slots.nu_max
         first, second = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu, nu
-        if isinstance(nu_max, Tensor):
+        if amsgrad:
             nu_max = torch.maximum(nu_max, nu / correction if amsgrad == "debiased" else nu)
             second = nu_max * correction if amsgrad == "debiased" else nu_max
         return size * first / (sqrt(second, under) + offset), AdamSlots(mu, nu, nu_max)
