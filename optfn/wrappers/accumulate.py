@@ -88,8 +88,7 @@ def accumulate(
 
     def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> tuple[Any, AccumulateState]:
         check_state("accumulate", state, AccumulateState)
-        like = aligned(updates, state.accumulated if params is None else params)
-        updates = tree.unflatten(like.spec, like.grads)
+        aligned(updates, state.accumulated if params is None else params)
         k = every_k(as_time(state.gradient_step)) if callable(every_k) else every_k
         taken = (
             all_finite(updates, state.mini_step.device) if skip_nonfinite else torch.ones_like(state.mini_step, dtype=torch.bool)
