@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from optfn import tree
+from optfn.checks import check_step
 from optfn.compile import backend as backend_of_regions
 from optfn.compile import internals, rows
 from optfn.compile.closure import Bindings, bindings, same_number
@@ -81,6 +82,7 @@ def compile(
         >>> new["w"] is params["w"], params["w"]
         (True, tensor([1., 2.]))
     """
+    check_step(fn)
     signature = inspect.signature(fn)
     donated = donated_arguments(signature, donate)
     regions = backend == "optfn" and internals.available()
