@@ -222,11 +222,10 @@ def _check_rate(title: str, lr: Any) -> None:
 
 
 def _check_length(name: str, value: Any, default: tuple[Any, ...]) -> None:
-    wanted = f"{name} must be {len(default)} numbers, as in {name}={default}, got {value}"
-    if not (isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim)):
-        raise TypeError(wanted)
-    if len(value) != len(default):
-        raise ValueError(wanted)
+    several = isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim > 0)
+    if not several or len(value) != len(default):
+        error = ValueError if several else TypeError
+        raise error(f"{name} must be {len(default)} numbers, as in {name}={default}, got {value}")
 
 
 def check_state(owner: str, state: Any, kind: type) -> None:

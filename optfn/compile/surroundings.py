@@ -6,6 +6,7 @@ asks for one of the others is not compiled.
 """
 
 import dis
+import inspect
 import random
 import sys
 import types
@@ -73,7 +74,8 @@ class Surroundings:
 
     def kind(self, kind: type) -> None:
         """A class, those that it is made of, and its own class."""
-        for of in (*kind.__mro__, *type(kind).__mro__):
+        classes: list[Any] = [*inspect.getmro(kind), *inspect.getmro(type(kind))]
+        for of in classes:
             if _owner(of.__module__) not in _OF_NO_USER and id(of) not in self.seen:
                 self.seen[id(of)] = of
                 self.look(lambda x: (*vars(x), *vars(x).values()), of)
