@@ -1,12 +1,13 @@
 """All that is used of torch's private interfaces, in one place."""
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.fx
@@ -22,7 +23,9 @@ __all__ = [
     "available",
     "compile_regions",
     "compile_with_inductor",
+    "compiling",
     "decompositions",
+    "deferring",
     "fake_mode",
     "fake_of",
     "is_pure",
@@ -39,11 +42,15 @@ KEEPS_ORDER: bool = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperat
 
 _NEEDED = {
     "torch._C._dynamo.guards": ("GlobalStateGuard", "TensorGuards"),
+    "torch._dynamo.convert_frame": ("compile_lock",),
     "torch._functorch.config": ("patch",),
     "torch._guards": ("TracingContext", "tracing"),
     "torch._inductor.async_compile": ("AsyncCompile",),
     "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
-    "torch._inductor.config": ("alignment_asserts", "patch", "scalar_asserts", "size_asserts"),
+    "torch._inductor.config": (
+        *("_pre_fusion_custom_pass", "alignment_asserts", "emulate_precision_casts", "patch", "scalar_asserts", "size_asserts"),
+    ),
+    "torch._inductor.custom_graph_pass": ("CustomSchedulerPass",),
     "torch._inductor.decomposition": ("select_decomp_table",),
     "torch._inductor.fx_passes.joint_graph": ("joint_graph_passes",),
     "torch._inductor.lowering": ("clone", "fallback_handler", "register_lowering"),
@@ -99,6 +106,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def compiling() -> contextlib.AbstractContextManager[Any]:
+    """The lock that torch.compile holds while it traces and compiles; a thread that holds it may take it again."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
 def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Callable[[list[Any]], Sequence[Any]]]:
     """Generate code for graphs of ATen operators with these fake inputs.
 
@@ -107,17 +121,60 @@ def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Call
     Returns:
         Functions that empty the list of inputs that they are given.
     """
-    from torch._inductor.async_compile import AsyncCompile
-
-    _lower_copies()
-    waiting: list[Callable[[], None]] = []
-    wait = AsyncCompile.wait
     by_size = sorted(range(len(graphs)), key=lambda i: -len(graphs[i][0].nodes))
-    with mock.patch.object(AsyncCompile, "wait", lambda self, scope: waiting.append(lambda: wait(self, scope))):
-        made = {i: _compile_region(*graphs[i]) for i in by_size}
-    for ready in waiting:
-        ready()
+    waits: list[Callable[[], None]] = []
+    with compiling():
+        _lower_copies()
+        before = _waits.set(waits)
+        try:
+            made = {i: _compile_region(*graphs[i]) for i in by_size}
+        finally:
+            _waits.reset(before)
+        for wait in waits:
+            wait()
     return [made[i] for i in range(len(graphs))]
+
+
+# What is left to wait for, in the thread that compiles regions.
+_waits: contextvars.ContextVar[list[Callable[[], None]] | None] = contextvars.ContextVar("waits", default=None)
+
+
+@functools.cache
+def deferring(async_compile: type) -> type:
+    """The class by which a module of Inductor's waits for the C++ compiler when it is loaded, such that it waits later.
+
+    The modules of regions ask for it themselves, so that nothing of torch is patched, and other threads wait as ever.
+    """
+
+    class Deferring(async_compile):
+        def wait(self, scope: dict[str, Any]) -> None:
+            waits, wait = _waits.get(), functools.partial(super().wait, scope)
+            if waits is None:
+                wait()
+            else:
+                waits.append(wait)
+
+    return Deferring
+
+
+@functools.cache
+def _deferring_pass() -> Any:
+    from torch._inductor.custom_graph_pass import CustomSchedulerPass
+    from torch._inductor.virtualized import V
+
+    class DeferringPass(CustomSchedulerPass):
+        """Nothing is done to the graph, but a line is written at the head of its module."""
+
+        def __call__(self, nodes: list[Any]) -> list[Any]:
+            V.graph.wrapper_code.add_import_once(
+                f"from {__name__} import deferring as _deferring; AsyncCompile = _deferring(AsyncCompile)"
+            )
+            return nodes
+
+        def uuid(self) -> str:
+            return "optfn 1"  # a part of the key under which Inductor keeps the code
+
+    return DeferringPass()
 
 
 def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
@@ -134,9 +191,20 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
         mode.shape_env = ShapeEnv()
     output: Any = next(n for n in graph.nodes if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    # What is asserted of every input at every call has been guarded already.
-    with tracing(TracingContext(mode)), config.patch(size_asserts=False, alignment_asserts=False, scalar_asserts=False):
+    options: dict[str, Any] = {
+        # What is asserted of every input at every call has been guarded already.
+        **dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False),
+        # Else Inductor takes for a value that was made narrow and wide again the value itself.
+        "emulate_precision_casts": any(_is_narrow(n) for n in graph.nodes) or config.emulate_precision_casts,
+    }
+    if config._pre_fusion_custom_pass is None:  # pyright: ignore[reportPrivateUsage]
+        options["_pre_fusion_custom_pass"] = _deferring_pass()
+    with tracing(TracingContext(mode)), config.patch(options):
         return compile_fx_inner(module, fakes, is_inference=True)
+
+
+def _is_narrow(n: torch.fx.Node) -> bool:
+    return isinstance(x := n.meta.get("val"), Tensor) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def compile_with_inductor(
@@ -147,11 +215,22 @@ def compile_with_inductor(
     The cache of whole graphs is off: it would give back what plain Inductor made of the same graph.
     """
     import torch._functorch.config as functorch_config
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     _lower_copies()
-    with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(module, inputs, functools.partial(inner, compile_fx_inner), options or None)
+    given = options.get("emulate_precision_casts", config.emulate_precision_casts)
+
+    def whole(module: torch.fx.GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_inference"):
+            return compile_fx_inner(module, inputs, *args, **kwargs)
+        for n in module.graph.nodes:
+            n.meta.pop("low_precision_pointwise_barrier", None)
+        with config.patch(emulate_precision_casts=given):  # a model that is trained is Inductor's alone
+            return compile_fx_inner(module, inputs, *args, **kwargs)
+
+    with functorch_config.patch(enable_autograd_cache=False), config.patch(emulate_precision_casts=True):
+        return compile_fx(module, inputs, functools.partial(inner, whole), options or None)
 
 
 _ROW = 1024
