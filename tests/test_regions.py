@@ -1,5 +1,6 @@
 """How a step is taken apart: the same values whatever the graph, and as few distinct regions as there are distinct leaves."""
 
+import math
 import random
 import re
 import warnings
@@ -364,21 +365,102 @@ def test_an_unknown_torch_is_named_once_and_steps_still_compile(monkeypatch: pyt
     internals.available.cache_clear()
 
 
-@pytest.mark.parametrize("shape", [(300, 1024), (1 << 18,), (7, 9, 4096), (1000, 1001)], ids=str)
+LONG = (
+    (4096,),
+    (1 << 18,),
+    (100_003,),
+    (300, 1024),
+    (700, 768),
+    (64, 3072),
+    (64, 64, 3, 3),
+    (7, 9, 4096),
+    (1000, 1001),
+    (30, 4099),
+)
+
+
+def many_sums(x: Tensor) -> dict[str, Tensor]:
+    """Sums, means and norms over no, one, several and all dimensions, of all dtypes."""
+    wide, every, fine = torch.float64, tuple(range(x.ndim)), x + 2**-18
+    found = {
+        "all": [x.sum(), x.sum(()), x.sum(every), x.sum(every, keepdim=True)],
+        "as float64": [fine.sum(dtype=wide), fine.sum(every, dtype=wide), fine.mean(dtype=wide), fine.double().sum()],
+        "mean": [x.mean(), x.mean(every), x.mean(every, keepdim=True), x.mean(0)],
+        "some": [x.sum(0), x.sum(-1, keepdim=True), fine.sum((0, -1) if x.ndim > 1 else 0, dtype=wide)],
+        "norm": [torch.linalg.vector_norm(x, p) for p in (0, 1, 2, math.inf, -math.inf)],
+        "norm of dimensions": [torch.linalg.vector_norm(x, 2, every), torch.linalg.vector_norm(x, 2, 0)],
+        "other dtypes": [(x > 0).sum(), (10 * x).int().sum(), (10 * x).int().sum(dtype=torch.float32), torch.complex(x, -x).sum()],
+        "narrow": [x.bfloat16().sum(), x.bfloat16().sum(dtype=torch.float32), x.sum(dtype=torch.bfloat16), x.bfloat16().mean()],
+        "layout": [x.mT.sum() if x.ndim > 1 else x[::2].sum(), x.flip(0)[..., 1:].sum(), x[:1].expand(x.shape).sum()],
+        "rounded": [
+            x.var(),
+            x.std(-1),
+            *(torch.linalg.vector_norm(x, p) for p in (1.5, 3)),
+            torch.linalg.vector_norm(fine, dtype=wide),
+        ],
+    }
+    return {f"{kind} {i}": y for kind, values in found.items() for i, y in enumerate(values)}
+
+
+def eighths(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Numbers whose sums are exact, in whatever order they are added up."""
+    return torch.randint(8, shape).to(dtype) / 8
+
+
+def check_sums(got: dict[str, Tensor], x: Tensor) -> None:
+    """Equal to torch's; norms to float64's, as torch's own are off by up to 1e-4 (of order 1.5)."""
+    exact = many_sums(x.double())
+    for name, y in many_sums(x).items():
+        rounded = name.startswith(("rounded", "norm"))
+        wanted, rtol = (exact[name].to(y.dtype), 1e-5 if x.dtype == torch.float32 else 1e-11) if rounded else (y, 0)
+        torch.testing.assert_close(got[name], wanted, rtol=rtol, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("shape", [*LONG, (5,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_long_sums_are_sums_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """As exact as torch's, and the same where a tensor is small, transposed or in no rows of a fitting length."""
-    x = torch.randn(shape, dtype=dtype) + 1
-    traced = trace(lambda x, y, z: [torch.linalg.vector_norm(x), y.sum(), z.sum()], [x, x.mT if x.ndim > 1 else x[::2], x[:3]])
-    before = len(traced.graph.nodes)
+def test_sums_of_rows_are_the_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The same values, shapes and dtypes, and no long sum of a wide dtype is left; small tensors are left alone."""
+    x = eighths(shape, dtype)
+    traced = trace(lambda x: [*many_sums(x).values()], [x])
+    before = str(traced.graph)
     internals._sum_by_rows(traced.graph)
-    assert (len(traced.graph.nodes) == before) == (shape == (1000, 1001))
-    norm, total, few = torch.fx.GraphModule({}, traced.graph)(x, x.mT if x.ndim > 1 else x[::2], x[:3])
-    expected = x.double()
-    eps = 1e-6 if dtype == torch.float32 else 1e-13
-    torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(expected), rtol=eps, atol=0)
-    torch.testing.assert_close(total.double(), (expected.mT if x.ndim > 1 else expected[::2]).sum(), rtol=1e3 * eps, atol=0)
-    torch.testing.assert_close(few, x[:3].sum())
+    assert (str(traced.graph) == before) is (x.numel() < 4096)
+    traced.graph.lint()
+    results = torch.fx.GraphModule({}, traced.graph)(x, *traced.constants)
+    check_sums(dict(zip(many_sums(x), results, strict=True)), x)
+    for n in traced.graph.nodes:
+        if n.target in (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList) and n.meta["val"].numel() == 1:
+            value = n.args[0].meta["val"]
+            assert value.numel() < 4096 or not value.is_floating_point() or n.meta["val"].dtype == torch.bfloat16
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("shape", [(100_003,), (64, 3072), (64, 64, 3, 3)], ids=str)
+def test_generated_sums_are_the_eager_ones(shape: tuple[int, ...]) -> None:
+    x = eighths(shape, torch.float32)
+    step = optfn.compile(lambda p, x: (p + 1, many_sums(x)), donate="p")
+    check_sums(step(torch.zeros(()), x)[1], x)
+    assert step._calls.calls[0].program is not None
+
+
+@pytest.mark.codegen
+def test_generated_sums_are_as_exact_as_torchs() -> None:
+    """Of equal numbers, where roundings do not cancel, of a large one among small ones, of sorted ones."""
+    draw = torch.Generator().manual_seed(0)
+
+    def entries(shape: tuple[int, ...]) -> list[Tensor]:
+        size = math.prod(shape)
+        uniform = torch.rand(size, generator=draw)
+        large = uniform.index_fill(0, torch.tensor(size // 2), 1e6)
+        return [x.view(shape) for x in (torch.full((size,), 0.1), large, uniform.sort().values, torch.randn(size, generator=draw))]
+
+    xs = [x for shape in LONG for x in entries(shape)]
+    step = optfn.compile(lambda p, xs: (p + 1, [(x.sum(), (x * 0.7).mean()) for x in xs]), donate="p")
+    _, found = step(torch.zeros(()), xs)
+    for x, (total, mean) in zip(xs, found, strict=True):
+        wide, half = x.double(), (x * 0.7).double()
+        assert (total - wide.sum()).abs() <= 5e-6 * wide.abs().sum()
+        assert (mean - half.mean()).abs() <= 5e-6 * half.abs().mean()
 
 
 def test_equal_calls_are_one_and_others_are_not() -> None:

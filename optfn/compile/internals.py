@@ -1,13 +1,15 @@
 """All that is used of torch's private interfaces, in one place."""
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import logging
+import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.fx
@@ -25,6 +27,7 @@ __all__ = [
     "compile_with_inductor",
     "compiling",
     "decompositions",
+    "deferring",
     "fake_mode",
     "fake_of",
     "function_modes",
@@ -40,6 +43,8 @@ __all__ = [
 ]
 
 log = logging.getLogger("optfn.compile")
+
+aten = torch.ops.aten
 
 # Inductor of torch 2.11 fuses what reads other entries of a tensor (a row, a sum) with what writes that tensor, and reads what
 # has been written.
@@ -62,7 +67,10 @@ _NEEDED = {
     "torch._guards": ("TracingContext", "tracing"),
     "torch._inductor.async_compile": ("AsyncCompile",),
     "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
-    "torch._inductor.config": ("alignment_asserts", "patch", "scalar_asserts", "size_asserts"),
+    "torch._inductor.config": (
+        *("_pre_fusion_custom_pass", "alignment_asserts", "emulate_precision_casts", "patch", "scalar_asserts", "size_asserts"),
+    ),
+    "torch._inductor.custom_graph_pass": ("CustomSchedulerPass",),
     "torch._inductor.decomposition": ("select_decomp_table",),
     "torch._inductor.fx_passes.joint_graph": ("joint_graph_passes",),
     "torch._inductor.lowering": ("clone", "fallback_handler", "register_lowering"),
@@ -121,6 +129,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def compiling() -> contextlib.AbstractContextManager[Any]:
+    """The lock that torch.compile holds while it traces and compiles; a thread that holds it may take it again."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
 def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Callable[[list[Any]], Sequence[Any]]]:
     """Generate code for graphs of ATen operators with these fake inputs.
 
@@ -129,17 +144,60 @@ def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Call
     Returns:
         Functions that empty the list of inputs that they are given.
     """
-    from torch._inductor.async_compile import AsyncCompile
-
-    _lower_copies()
-    waiting: list[Callable[[], None]] = []
-    wait = AsyncCompile.wait
     by_size = sorted(range(len(graphs)), key=lambda i: -len(graphs[i][0].nodes))
-    with mock.patch.object(AsyncCompile, "wait", lambda self, scope: waiting.append(lambda: wait(self, scope))):
-        made = {i: _compile_region(*graphs[i]) for i in by_size}
-    for ready in waiting:
-        ready()
+    waits: list[Callable[[], None]] = []
+    with compiling():
+        _lower_copies()
+        before = _waits.set(waits)
+        try:
+            made = {i: _compile_region(*graphs[i]) for i in by_size}
+        finally:
+            _waits.reset(before)
+        for wait in waits:
+            wait()
     return [made[i] for i in range(len(graphs))]
+
+
+# What is left to wait for, in the thread that compiles regions.
+_waits: contextvars.ContextVar[list[Callable[[], None]] | None] = contextvars.ContextVar("waits", default=None)
+
+
+@functools.cache
+def deferring(async_compile: type) -> type:
+    """The class by which a module of Inductor's waits for the C++ compiler when it is loaded, such that it waits later.
+
+    The modules of regions ask for it themselves, so that nothing of torch is patched, and other threads wait as ever.
+    """
+
+    class Deferring(async_compile):
+        def wait(self, scope: dict[str, Any]) -> None:
+            waits, wait = _waits.get(), functools.partial(super().wait, scope)
+            if waits is None:
+                wait()
+            else:
+                waits.append(wait)
+
+    return Deferring
+
+
+@functools.cache
+def _deferring_pass() -> Any:
+    from torch._inductor.custom_graph_pass import CustomSchedulerPass
+    from torch._inductor.virtualized import V
+
+    class DeferringPass(CustomSchedulerPass):
+        """Nothing is done to the graph, but a line is written at the head of its module."""
+
+        def __call__(self, nodes: list[Any]) -> list[Any]:
+            V.graph.wrapper_code.add_import_once(
+                f"from {__name__} import deferring as _deferring; AsyncCompile = _deferring(AsyncCompile)"
+            )
+            return nodes
+
+        def uuid(self) -> str:
+            return "optfn 1"  # a part of the key under which Inductor keeps the code
+
+    return DeferringPass()
 
 
 def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
@@ -156,9 +214,20 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
         mode.shape_env = ShapeEnv()
     output: Any = next(n for n in graph.nodes if n.op == "output")
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    # What is asserted of every input at every call has been guarded already.
-    with tracing(TracingContext(mode)), config.patch(size_asserts=False, alignment_asserts=False, scalar_asserts=False):
+    options: dict[str, Any] = {
+        # What is asserted of every input at every call has been guarded already.
+        **dict.fromkeys(("size_asserts", "alignment_asserts", "scalar_asserts"), False),
+        # Else Inductor takes for a value that was made narrow and wide again the value itself.
+        "emulate_precision_casts": any(_is_narrow(n) for n in graph.nodes) or config.emulate_precision_casts,
+    }
+    if config._pre_fusion_custom_pass is None:  # pyright: ignore[reportPrivateUsage]
+        options["_pre_fusion_custom_pass"] = _deferring_pass()
+    with tracing(TracingContext(mode)), config.patch(options):
         return compile_fx_inner(module, fakes, is_inference=True)
+
+
+def _is_narrow(n: torch.fx.Node) -> bool:
+    return isinstance(x := n.meta.get("val"), Tensor) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def compile_with_inductor(
@@ -173,37 +242,80 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     _lower_copies()
+    given = options.get("emulate_precision_casts", config.emulate_precision_casts)
+
+    def whole(module: torch.fx.GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_inference"):
+            return compile_fx_inner(module, inputs, *args, **kwargs)
+        for n in module.graph.nodes:
+            n.meta.pop("low_precision_pointwise_barrier", None)
+        with config.patch(emulate_precision_casts=given):  # a model that is trained is Inductor's alone
+            return compile_fx_inner(module, inputs, *args, **kwargs)
+
     # Random numbers are torch's own, as in the step itself.
-    with functorch_config.patch(enable_autograd_cache=False), config.patch(fallback_random=True):
-        return compile_fx(module, inputs, functools.partial(inner, compile_fx_inner), options or None)
+    changes = {"emulate_precision_casts": True, "fallback_random": True}
+    with functorch_config.patch(enable_autograd_cache=False), config.patch(changes):
+        return compile_fx(module, inputs, functools.partial(inner, whole), options or None)
+
+
+_ROW = 1024
 
 
 def _sum_by_rows(graph: torch.fx.Graph) -> None:
-    """Let sums of all entries of large tensors be sums of sums of rows.
+    """Let sums and means of all entries of large tensors be made of sums of rows.
 
-    Inductor's C++ keeps one long sum in memory, and waits for that at every step (torch 2.13: half the speed of memory). For rows
-    that are not too long it keeps it in a register. Sums of rows are as exact.
+    Inductor's C++ keeps one long sum in memory, and waits for that at every step (torch 2.13: half the speed of memory). It keeps
+    the sum of a row in registers. Rows are also more exact: of a million equal numbers the long sum is off by 6e-5, rows by 4e-6.
     """
-    aten = torch.ops.aten
+    sums = (aten.sum.default, aten.sum.dim_IntList)
+    means = (aten.mean.default, aten.mean.dim)
+    wide = (torch.float32, torch.float64)
     for n in list(graph.nodes):
-        if n.target not in (aten.sum.default, aten.sum.dim_IntList) or n.meta["val"].ndim:
-            continue
+        if n.target not in (*sums, *means) or n.meta["val"].numel() != 1 or n.meta["val"].dtype not in wide:
+            continue  # it is no sum of all entries, or is rounded when it is complete
         x: Any = n.args[0]
         value: Tensor = x.meta["val"]
-        row = next((r for r in (32768, 16384, 8192, 4096) if value.numel() % r == 0 and value.numel() >= 4 * r), None)
-        if (
-            row is None
-            or value.device.type != "cpu"
-            or value.dtype not in (torch.float32, torch.float64)
-            or not value.is_contiguous()
-        ):
+        if value.numel() < 4 * _ROW or value.device.type != "cpu" or not value.is_floating_point():
             continue
         with graph.inserting_before(n):
-            rows = graph.call_function(aten.view.default, (x, [-1, row]))
-            sums = graph.call_function(aten.sum.dim_IntList, (rows, [1]))
-        rows.meta["val"] = value.view(-1, row)
-        sums.meta["val"] = value.new_empty(value.numel() // row)
-        n.args = (sums, *n.args[1:])
+            total = _total(x, n.meta["val"].dtype)
+            if n.target in means:
+                total = _call(aten.div.Tensor, total, value.numel())
+            if n.meta["val"].ndim:
+                total = _call(aten.view.default, total, [*n.meta["val"].shape])
+        n.replace_all_uses_with(total)
+        graph.erase_node(n)
+
+
+def _total(x: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+    """The sum of all entries, converted to ``dtype`` first.
+
+    Each dimension is split for itself: were all entries one long row, what is computed on the way to ``x`` would have to divide to
+    find its indices, which takes several times as long.
+    """
+    shape = x.meta["val"].shape
+    if math.prod(shape) < 4 * _ROW:
+        return _call(aten.sum.dim_IntList, x, [], dtype=dtype)
+    first = max(d for d in range(len(shape)) if math.prod(shape[d:]) >= _ROW // 8)  # a row has this dimension and all later ones
+    size, most = shape[first], _ROW // math.prod(shape[first + 1 :])
+    if size > most:
+        part = max(n for n in range(1, most + 1) if size % n == 0)
+        if part < most // 4:
+            end = size - size % most
+            whole, rest = (_call(aten.slice.Tensor, x, first, *ends) for ends in ((0, end), (end, size)))
+            return _call(aten.add.Tensor, _total(whole, dtype), _total(rest, dtype))
+        x = _call(aten.view.default, x, [*shape[:first], size // part, part, *shape[first + 1 :]])
+        first += 1
+    rows = _call(aten.sum.dim_IntList, x, [*range(first, x.meta["val"].ndim)], dtype=dtype)
+    return _total(rows, dtype)
+
+
+def _call(target: OpOverload, x: torch.fx.Node, *args: Any, **kwargs: Any) -> torch.fx.Node:
+    """A new node where nodes are inserted now."""
+    given = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in (x, *args)]
+    node = x.graph.call_function(target, (x, *args), kwargs)
+    node.meta["val"] = target(*given, **kwargs)
+    return node
 
 
 @functools.cache
@@ -237,13 +349,6 @@ def guarded() -> Any:
     from torch._dynamo import config
 
     return config.patch(skip_nnmodule_hook_guards=False)
-
-
-def compiling() -> Any:
-    """The lock under which torch compiles."""
-    from torch._dynamo.convert_frame import compile_lock
-
-    return compile_lock
 
 
 def no_modes() -> Any:
