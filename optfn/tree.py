@@ -109,7 +109,7 @@ class _Structure:
         level = _children(tree)
         if level is None:
             raise ValueError("the structures differ")
-        if type(tree) is not self.kind and type(tree) in _DICTS and self.kind in _DICTS:
+        if type(tree) in _DICTS and self.kind in _DICTS:
             # optree takes one dict for another, whatever the order of its keys.
             found = dict(zip(level[0], level[1], strict=True))
             if len(found) != len(self.names) or any(name not in found for name in self.names):

@@ -169,7 +169,7 @@ def deferring(async_compile: type) -> type:
     The modules of regions ask for it themselves, so that nothing of torch is patched, and other threads wait as ever.
     """
 
-    class Deferring(async_compile):
+    class Deferring(async_compile):  # pyright: ignore[reportUntypedBaseClass]
         def wait(self, scope: dict[str, Any]) -> None:
             waits, wait = _waits.get(), functools.partial(super().wait, scope)
             if waits is None:
