@@ -9,7 +9,6 @@ long as it still fails, and printed as Python that runs.
 
 import argparse
 import contextlib
-import io
 import random
 import sys
 import time
@@ -702,7 +701,7 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "apply_if_finite": lambda d, depth: (f"optfn.apply_if_finite({{0}}, {d.one(None, 2)})", d.inner(depth)),
     "accumulate": lambda d, depth: (f"optfn.accumulate({{0}}, {d.one(1, 2, 3)}, use_grad_mean={d.flag()})", d.inner(depth)),
 }
-WRAPPERS = {name for name in list(LINKS)[list(LINKS).index("chain") :]}
+WRAPPERS = set(list(LINKS)[list(LINKS).index("chain") :])
 
 SCHEDULES: dict[str, Callable[[Draw], str]] = {
     "constant_schedule": lambda d: f"optfn.constant_schedule({d.number(0.01, 1)})",
@@ -822,34 +821,28 @@ def _smaller_leaf(leaf: Leaf) -> Iterator[Leaf]:
             yield replace(leaf, **{name: value})
 
 
-def failure(case: Case, quick: bool = False) -> str | None:
-    """What is wrong, in full; None where nothing is."""
+def failure(case: Case, quick: bool = False) -> Exception | None:
+    """What is wrong; None where nothing is."""
     try:
         check(case, quick)
-    except Exception:
-        out = io.StringIO()
-        traceback.print_exc(file=out)
-        return out.getvalue()
+    except Exception as error:
+        return error
     return None
 
 
 def shrunk(case: Case, quick: bool = False, seconds: float = 240.0) -> Case:
     """A case that fails and has no smaller one that does, or the smallest found in the time."""
-    kind = _kind(failure(case, quick))
-    end, again = time.monotonic() + seconds, kind is not None
+    kind = type(failure(case, quick))
+    end, again = time.monotonic() + seconds, True
     while again and time.monotonic() < end:
         again = False
         for candidate in smaller(case):
             if time.monotonic() > end:
                 break
-            if fits(candidate) and _kind(failure(candidate, quick)) == kind:
+            if fits(candidate) and type(failure(candidate, quick)) is kind:
                 case, again = candidate, True
                 break
     return case
-
-
-def _kind(text: str | None) -> str | None:
-    return None if text is None else text.rstrip().splitlines()[-1].split(":")[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -865,13 +858,13 @@ def main(arguments: list[str] | None = None) -> int:
     while time.monotonic() < end and (not options.cases or seed < options.seed + options.cases):
         case = draw(seed)
         started = time.monotonic()
-        if (text := failure(case, options.quick)) is not None:
+        if (error := failure(case, options.quick)) is not None:
             failed += 1
-            print(f"\nseed {seed} fails: {text.rstrip().splitlines()[-1]}", flush=True)
+            print(f"\nseed {seed} fails: {error!r}", flush=True)
             small = case if options.keep else shrunk(case, options.quick)
-            print(f"{small}\n{failure(small, options.quick)}", flush=True)
+            print(small, *traceback.format_exception(failure(small, options.quick)), sep="\n", flush=True)
         used.update(name for name in LINKS if any(f"optfn.{name}(" in str(link) for link in case.links))
-        print(f"seed {seed}: {'failed' if text else 'same'}, {time.monotonic() - started:.1f} s", flush=True)
+        print(f"seed {seed}: {'failed' if error else 'same'}, {time.monotonic() - started:.1f} s", flush=True)
         seed += 1
     print(
         f"\n{seed - options.seed} cases from seed {options.seed}, {failed} failed; never used: {sorted(LINKS.keys() - used.keys())}"

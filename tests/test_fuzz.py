@@ -25,7 +25,9 @@ def test_everything_public_is_drawn() -> None:
         return {name for name, f in functions.items() if kind in str(typing.get_type_hints(f).get("return"))}
 
     assert returning("GradientTransformation") == fuzz.LINKS.keys()
-    schedules = {name for name in optfn.__all__ if name.endswith(("_schedule", "_lr", "_scheduler", "schedules", "_decay"))}
+    schedules = {
+        name for name in optfn.__all__ if name.endswith(("_schedule", "_lr", "_scheduler", "schedules", "_decay", "_restarts"))
+    }
     assert schedules - fuzz.LINKS.keys() == fuzz.SCHEDULES.keys()
     assert all(str(Link(draw(Draw(seed)))) for draw in fuzz.SCHEDULES.values() for seed in range(3))
 
