@@ -3,8 +3,8 @@
     python tests/fuzz.py --minutes 20 --seed 7
 
 A case is plain data, drawn from a seed: links of a chain as Python expressions, leaves, the None pattern of each step. Each step
-starts eagerly from a copy of what the compiled step is given, so nothing adds up over steps. A case that fails is made smaller for as
-long as it still fails, and printed as Python that runs.
+starts eagerly from a copy of what the compiled step is given, so nothing adds up over steps. A case that fails is made smaller for
+as long as it still fails, and printed as Python that runs.
 """
 
 import argparse
