@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench test lint types docs clean
+.PHONY: demo bench test fuzz lint types docs clean
 
 demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -13,6 +13,9 @@ bench: $(VENV)/bench.installed ## optimizer steps, compile times and memory besi
 
 test: $(VENV)/dev.installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+fuzz: $(VENV)/dev.installed ## compiled chains against eager ones, from a seed: ARGS="--minutes 20 --seed 7"
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
