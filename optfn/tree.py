@@ -204,17 +204,18 @@ def paths(tree: Any) -> list[str]:
         ['w.0', 'w.1']
     """
     found: list[str] = []
-
-    def walk(node: Any, path: str) -> None:
-        level = _children(node)
-        if level is None:
-            found.append(path)
-            return
-        for name, child in zip(level[0], level[1], strict=True):
-            walk(child, f"{path}.{name}" if path else name)
-
-    walk(tree, "")
+    _add_paths(found, tree, "")
     return found
+
+
+# A function inside another that calls itself would be a reference cycle, and keep what it holds until the garbage collector runs.
+def _add_paths(found: list[str], node: Any, path: str) -> None:
+    level = _children(node)
+    if level is None:
+        found.append(path)
+        return
+    for name, child in zip(level[0], level[1], strict=True):
+        _add_paths(found, child, f"{path}.{name}" if path else name)
 
 
 def global_norm(tree: Any, order: float = 2.0) -> Tensor:
@@ -340,6 +341,15 @@ def _named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def _add_named(found: list[tuple[str, Any]], node: Any, path: str, name: str) -> None:
+    if path and _named(path, name):
+        found.append((path, node))
+        return
+    level = _children(node)
+    for key, child in zip(*level[:2], strict=True) if level else ():
+        _add_named(found, child, f"{path}.{key}" if path else key, name)
+
+
 def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
     """The one part of a nested state (or any tree) that is called ``name``.
 
@@ -360,16 +370,7 @@ def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
         {'w': tensor([0., 0.])}
     """
     found: list[tuple[str, Any]] = []
-
-    def walk(node: Any, path: str) -> None:
-        if path and _named(path, name):
-            found.append((path, node))
-            return
-        level = _children(node)
-        for key, child in zip(*level[:2], strict=True) if level else ():
-            walk(child, f"{path}.{key}" if path else key)
-
-    walk(tree, "")
+    _add_named(found, tree, "", name)
     if len(found) > 1:  # a slot that is not kept, (), has the name but is no part to speak of
         found = [(path, part) for path, part in found if part != ()] or found[:1]
     if len(found) > 1:
