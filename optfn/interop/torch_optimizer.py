@@ -476,9 +476,8 @@ class _Group:
         }
         found = {key: key for key, (_, part) in wanted.items() if key in pool and pool[key][0].identity == part.identity}
         # A link of a chain may have moved: what it is says which it was, where that is unambiguous.
-        ours, theirs = (
-            _unambiguous({key: of[key][k].identity for key in of if key not in found}) for of, k in ((wanted, 1), (pool, 0))
-        )
+        ours = _unambiguous({key: part.identity for key, (_, part) in wanted.items() if key not in found})
+        theirs = _unambiguous({key: part.identity for key, (part, _) in pool.items() if key not in found})
         found |= {key: theirs[identity] for identity, key in ours.items() if identity in theirs}
         for key, source in found.items():
             (j, part), (_, x) = wanted[key], pool[source]
@@ -505,25 +504,37 @@ class _Group:
                 self.compiled[pattern] = compiled(_step_of(self.tx), donate=("params", "state"), backend=self.backend)
             self.compiled[pattern](self.params, self.state, tree.unflatten(self.spec, grads), extra)
             return
-        params, state = _step_of(self.tx)(self.params, self.state, tree.unflatten(self.spec, grads), extra)
+        params, state = _step_of(self.tx)(self.params, self.numbered(), tree.unflatten(self.spec, grads), extra)
         self.store(state)
         self.put(params)
+
+    def numbered(self) -> Any:
+        """The state with Python numbers for hyperparameters: with a number an eager step has half the operations.
+
+        One that is not above 0 stays a tensor, as a function may take the number 0 for leaving something out.
+        """
+        leaves = list(self.flat)
+        for name, at in self.hyperparams.items():
+            value = self.written[name]
+            if value is not None:
+                for j, x in zip(at, value if isinstance(value, tuple | list) else [value], strict=True):
+                    leaves[j] = float(x) if x > 0 else leaves[j]
+        return tree.unflatten(self.state_spec, leaves)
 
     def gradients(self, f: Callable[[Tensor], Tensor]) -> Any:
         return tree.unflatten(self.spec, [None if p.grad is None else f(p.grad) for p in self.leaves])
 
     def put(self, params: Any) -> None:
         """Write a tree into the parameters."""
-        for p, x in zip(self.leaves, tree.flatten(params)[0], strict=True):
-            if x is not p:
-                p.copy_(x)
+        new = [(p, x) for p, x in zip(self.leaves, tree.flatten(params)[0], strict=True) if x is not p]
+        _write(new)
 
     def store(self, state: Any) -> None:
         """Write a state into the tensors of this one."""
         # A pure step may return what it was given: a gradient as a slot, one slot as another.
-        new = [(old, self._apart(x, old)) for old, x in zip(self.flat, tree.flatten(state)[0], strict=True) if x is not old]
-        for old, x in new:
-            old.copy_(x)
+        pairs = zip(self.flat, tree.flatten(state)[0], strict=True)
+        new = [(old, self._apart(x, old)) for old, x in pairs if x is not old and isinstance(x, Tensor)]
+        _write(new)
 
     def _apart(self, x: Tensor, old: Tensor) -> Tensor:
         """A new part of the state that is not about to be overwritten."""
@@ -609,6 +620,13 @@ class _Group:
         self.flat = [choose(part, like) for part, like in zip(self.parts, fresh, strict=True)]
         self.state = tree.unflatten(self.state_spec, self.flat)
         self.written = {}
+
+
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first."""
+    into, of = [x for x, _ in pairs], [x for _, x in pairs]
+    if pairs:
+        torch._foreach_copy_(into, of)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 def _loop(options: Mapping[str, Any]) -> dict[str, Any]:
