@@ -384,7 +384,7 @@ def test_what_a_step_of_lbfgs_needs() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("use", ["made", "stepped", "loaded", "changed", "lbfgs"])
+@pytest.mark.parametrize("use", ["made", "stepped", "loaded", "changed", "lbfgs", "tree"])
 def test_nothing_waits_for_the_garbage_collector(use: str) -> None:
     gc.collect()
     gc.disable()
@@ -395,6 +395,11 @@ def test_nothing_waits_for_the_garbage_collector(use: str) -> None:
             p.grad = g
         for _ in range(2 if use != "made" else 0):
             optimizer.step()
+        if use == "tree":
+            state = tree.set(optimizer.states[0], lr=0.1)
+            tree.map_params(lambda x: x, state, params)
+            assert tree.get(state, "lr") == 0.1
+            del state
         if use == "loaded":
             optimizer.load_state_dict(optimizer.state_dict())
         if use == "changed":
