@@ -349,6 +349,9 @@ class _Lift(NamedTuple):
         self, leaves: Leaves, i: int, g: Tensor, p: Tensor | None, slot: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """What of a gradient the rule is shown, once it is found sound, and how to make an update of the answer if it is none."""
+        usual = p is not None and g.dtype == p.dtype and g.is_floating_point() and g.layout == torch.strided and g.shape == p.shape
+        if usual and (slot is None or (g.dtype == slot.dtype and g.shape == slot.shape)):
+            return g, None
         if p is None and leaves.params is not None:
             raise ValueError(f"{_where(self.rule, leaves.updates, i)} has an update, but no parameter")
         if not g.is_floating_point():
@@ -427,6 +430,8 @@ def _narrowed(x: Any, like: Any) -> Any:
 
 
 def _real_dtype(g: Tensor, p: Tensor | None) -> torch.dtype:
+    if g.dtype == torch.float32 and (p is None or p.dtype == torch.float32):
+        return torch.float32  # the usual case
     return real_dtype(compute_dtype(g, p))
 
 

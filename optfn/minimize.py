@@ -1,7 +1,7 @@
 """The loop around a transformation: minimize a function, and say why it ended."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from optfn import tree
 from optfn.core import GradientTransformation, added, check_transformation
 from optfn.numerics import as_real
 
-__all__ = ["MinimizeResult", "minimize"]
+__all__ = ["MinimizeResult", "descend", "minimize"]
 
 
 Reason: TypeAlias = Literal["gradient", "change", "max_steps", "max_evals", "nonfinite"]
@@ -113,7 +113,48 @@ def minimize(
     for name, limit in {**steps_and_evals, **tolerances}.items():
         if limit is not None and not limit >= 0:
             raise ValueError(f"{name} must be >= 0, got {limit}")
-    evaluate = _Evaluations(fun if value_and_grad else tree.value_and_grad(fun))
+    return descend(
+        fun if value_and_grad else tree.value_and_grad(fun),
+        params,
+        tx,
+        state,
+        max_steps=max_steps,
+        max_evals=max_evals,
+        tolerance_grad=tolerance_grad,
+        tolerance_change=tolerance_change,
+    )
+
+
+def descend(
+    fun: Callable[[Any], tuple[Any, Any]],
+    params: Any,
+    tx: GradientTransformation,
+    state: Any,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    max_steps: int,
+    max_evals: int | None,
+    tolerance_grad: float | None,
+    tolerance_change: float | None,
+    evaluate_last: bool = True,
+) -> MinimizeResult:
+    """The loop of :func:`minimize`, of a function that gives value and gradients.
+
+    Args:
+        fun: ``fun(params) -> (value, grads)``.
+        params: as in :func:`minimize`, and so are ``tx``, ``state`` and the limits.
+        tx: the transformation.
+        state: its state; None for a new one.
+        extra: more arguments for each update.
+        max_steps: updates at most.
+        max_evals: evaluations after which no update begins.
+        tolerance_grad: where the gradient is small enough.
+        tolerance_change: where a change is too small.
+        evaluate_last: False, as in a step of :class:`torch.optim.LBFGS`, leaves the point after the last update of ``max_steps``
+            unevaluated: the result has the value and the norm of the point before. The first update is taken whatever
+            ``max_evals`` is.
+    """
+    evaluate = _Evaluations(fun)
 
     def reason_to_stop(steps: int, size: float, moved: float, gained: float) -> Reason | None:
         if tolerance_grad is not None and size <= tolerance_grad:
@@ -122,7 +163,8 @@ def minimize(
             return "change"
         if steps >= max_steps:
             return "max_steps"
-        return "max_evals" if max_evals is not None and evaluate.count >= max_evals else None
+        limit = max_evals if evaluate_last or steps else None
+        return "max_evals" if limit is not None and evaluate.count >= limit else None
 
     with torch.no_grad():
         params = tree.map(Tensor.detach, params)
@@ -132,10 +174,13 @@ def minimize(
         f, size = _numbers(value, norm)
         reason = reason_to_stop(0, size, math.inf, math.inf) if math.isfinite(f + size) else "nonfinite"
         while reason is None:
-            extra: dict[str, Any] = {} if max_evals is None else {"max_evals": max_evals - evaluate.count}
-            extra |= {"value": value, "grad": grads, "value_fn": evaluate.value, "value_and_grad_fn": evaluate}
-            updates, new_state = tx.update(grads, state, params, **extra)
+            given: dict[str, Any] = {} if max_evals is None else {"max_evals": max_evals - evaluate.count}
+            given |= {"value": value, "grad": grads, "value_fn": evaluate.value, "value_and_grad_fn": evaluate}
+            updates, new_state = tx.update(grads, state, params, **{**(extra or {}), **given})
             new_params = added(params, updates)[0]
+            if steps + 1 == max_steps and not evaluate_last:
+                params, state, steps, reason = new_params, new_state, steps + 1, "max_steps"
+                break
             new_value, new_grads = evaluate.at(new_params)
             new_norm = _largest(new_grads, value)
             new_f, size, moved = _numbers(new_value, new_norm, _largest(updates, value))

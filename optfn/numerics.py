@@ -124,7 +124,7 @@ def average_square(average: Tensor, x: Tensor, decay: Scalar) -> Tensor:
     """
     if isinstance(decay, Tensor):
         return decay * average + (1 - decay) * x.square()
-    return torch.addcmul(decay * average, x, x, value=1 - decay)
+    return torch.addcmul(average * decay, x, x, value=1 - decay)
 
 
 def lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:

@@ -6,7 +6,7 @@ the empty string for a bare tensor. Where a state keeps nothing for a leaf it ho
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optree
@@ -284,17 +284,18 @@ def paths(tree: Any) -> list[str]:
         ['w.0', 'w.1']
     """
     found: list[str] = []
-
-    def walk(node: Any, path: str) -> None:
-        level = _children(node)
-        if level is None:
-            found.append(path)
-            return
-        for name, child in zip(level[0], level[1], strict=True):
-            walk(child, f"{path}.{name}" if path else name)
-
-    walk(tree, "")
+    _add_paths(found, tree, "")
     return found
+
+
+# A function inside another that calls itself would be a reference cycle, and keep what it holds until the garbage collector runs.
+def _add_paths(found: list[str], node: Any, path: str) -> None:
+    level = _children(node)
+    if level is None:
+        found.append(path)
+        return
+    for name, child in zip(level[0], level[1], strict=True):
+        _add_paths(found, child, f"{path}.{name}" if path else name)
 
 
 def global_norm(tree: Any, order: float = 2.0) -> Tensor:
@@ -420,6 +421,15 @@ def _named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def _add_named(found: list[tuple[str, Any]], node: Any, path: str, name: str) -> None:
+    if path and _named(path, name):
+        found.append((path, node))
+        return
+    level = _children(node)
+    for key, child in zip(*level[:2], strict=True) if level else ():
+        _add_named(found, child, f"{path}.{key}" if path else key, name)
+
+
 def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
     """The one part of a nested state (or any tree) that is called ``name``.
 
@@ -440,16 +450,7 @@ def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
         {'w': tensor([0., 0.])}
     """
     found: list[tuple[str, Any]] = []
-
-    def walk(node: Any, path: str) -> None:
-        if path and _named(path, name):
-            found.append((path, node))
-            return
-        level = _children(node)
-        for key, child in zip(*level[:2], strict=True) if level else ():
-            walk(child, f"{path}.{key}" if path else key)
-
-    walk(tree, "")
+    _add_named(found, tree, "", name)
     if len(found) > 1:  # a slot that is not kept, (), has the name but is no part to speak of
         found = [(path, part) for path, part in found if part != ()] or found[:1]
     if len(found) > 1:
@@ -458,6 +459,19 @@ def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
     if not found and default is _MISSING:
         raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
     return found[0][1] if found else default
+
+
+def _replaced(node: Any, path: str, derived: bool, names: Iterable[str], replace: Callable[[Any, str, bool], Any]) -> Any:
+    name = next((name for name in names if path and _named(path, name)), None)
+    if name is not None:
+        return replace(node, name, derived)
+    level = _children(node)
+    if level is None:
+        return node
+    computed = getattr(type(node), "_derived", ())
+    keys, children, rebuild = level
+    pairs = zip(keys, children, strict=True)
+    return rebuild([_replaced(c, f"{path}.{k}" if path else k, derived or k in computed, names, replace) for k, c in pairs])
 
 
 def set(tree: Any, /, **parts: Any) -> Any:
@@ -499,20 +513,7 @@ def set(tree: Any, /, **parts: Any) -> Any:
         below = match(flatten(old)[1], parts[name], f"the new {name!r}", "the old one")
         return unflatten(flatten(old)[1], [convert(x, y, name) for x, y in zip(flatten(old)[0], below, strict=True)])
 
-    def walk(node: Any, path: str, derived: bool) -> Any:
-        name = next((name for name in parts if path and _named(path, name)), None)
-        if name is not None:
-            return replace(node, name, derived)
-        level = _children(node)
-        if level is None:
-            return node
-        computed = getattr(type(node), "_derived", ())
-        keys, children, rebuild = level
-        return rebuild(
-            [walk(c, f"{path}.{k}" if path else k, derived or k in computed) for k, c in zip(keys, children, strict=True)]
-        )
-
-    new = walk(tree, "", False)
+    new = _replaced(tree, "", False, parts, replace)
     for name, was_used in used.items():
         if not was_used:
             raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
@@ -554,19 +555,23 @@ def map_params(f: Callable[..., Any], state: Any, params: Any, *rest: Any, other
         fits = all((x.is_floating_point() or x.is_complex()) and (bare is None or x.shape == bare) for x in tensors)
         return found if fits else None
 
-    def walk(node: Any, scalar: bool) -> Any:
-        found = None if scalar else shaped(node)
-        if found is not None:
-            new = [f(x, *y) if isinstance(x, Tensor) else x for x, *y in zip(found, *others, strict=True)]
-            return unflatten(spec, new)
-        level = _children(node)
-        if level is None:
+    def change(node: Any, found: list[Any] | None) -> Any:
+        if found is None:
             return node if other is None or node is None else other(node)
-        # A hyperparameter may look like a parameter: betas, where the params are a tuple of two.
-        scalars = (*getattr(type(node), "_scalars", ()), *getattr(type(node), "_derived", ()))
-        return level[2]([walk(child, scalar or key in scalars) for key, child in zip(*level[:2], strict=True)])
+        return unflatten(spec, [f(x, *y) if isinstance(x, Tensor) else x for x, *y in zip(found, *others, strict=True)])
 
-    return walk(state, False)
+    return _with_parts(state, False, shaped, change)
+
+
+def _with_parts(node: Any, scalar: bool, shaped: Callable[[Any], list[Any] | None], change: Callable[..., Any]) -> Any:
+    found = None if scalar else shaped(node)
+    level = _children(node) if found is None else None
+    if level is None:
+        return change(node, found)
+    # A hyperparameter may look like a parameter: betas, where the params are a tuple of two.
+    scalars = (*getattr(type(node), "_scalars", ()), *getattr(type(node), "_derived", ()))
+    pairs = zip(*level[:2], strict=True)
+    return level[2]([_with_parts(child, scalar or key in scalars, shaped, change) for key, child in pairs])
 
 
 def to_flat_dict(tree: Any) -> dict[str, Tensor]:

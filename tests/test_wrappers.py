@@ -361,9 +361,10 @@ def test_what_is_injected():
     assert [x.item() for x in state.hyperparams["betas"]] == [0.9, 0.999]
     plain = optfn.adamw(optfn.linear_schedule(1.0, 0.0, 4), eps=0, mask=mask, amsgrad=True)
     assert_close(run(tx, some_params(), some_grads())[0], run(plain, some_params(), some_grads())[0], 1e-14)
-    # A default of 0 switches a part off and stays static; given, it is there to be set.
-    assert "momentum" not in optfn.inject_hyperparams(optfn.sgd)().init(some_params()).hyperparams
-    assert "momentum" in optfn.inject_hyperparams(optfn.sgd)(momentum=0.0).init(some_params()).hyperparams
+    # A default of 0 switches a part off and stays static, given or not; a tensor is there to be set.
+    for options in ({}, {"momentum": 0.0}, {"momentum": 0}):
+        assert "momentum" not in optfn.inject_hyperparams(optfn.sgd)(**options).init(some_params()).hyperparams
+    assert "momentum" in optfn.inject_hyperparams(optfn.sgd)(momentum=torch.tensor(0.0)).init(some_params()).hyperparams
     assert "eps" not in optfn.inject_hyperparams(optfn.adam, static_args=["eps"])().init(some_params()).hyperparams
     kept = optfn.inject_hyperparams(optfn.sgd, hyperparam_dtype=torch.float32)().init(some_params())
     assert optfn.tree.get(kept, "lr").dtype == torch.float32

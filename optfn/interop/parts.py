@@ -1,5 +1,6 @@
 """What each leaf of a state is: a slot of a parameter, a step count, a hyperparameter."""
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -21,7 +22,7 @@ class Part(NamedTuple):
             is ``derived`` from these at each step, or something ``other``.
         leaf: the position of the parameter whose it is, in the order of :func:`optfn.tree.flatten`; None if it is nobody's.
         owner: the path of the NamedTuple with the steps, the count or the hyperparameters; of the rule's state for a slot.
-        kind: the name of a slot's NamedTuple.
+        kind: the name of the NamedTuple of a rule's slots, for them and for its steps.
     """
 
     path: str
@@ -36,6 +37,11 @@ class Part(NamedTuple):
         if self.role == "hyperparam":
             return self.path.removeprefix(self.owner).lstrip(".").split(".")[1]
         return self.path.rsplit(".", 1)[-1]
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What it is, wherever in the state it is."""
+        return self.role, self.kind, self.name, self.leaf
 
 
 def parts(state: Any, params: Any) -> list[Part]:
@@ -53,42 +59,52 @@ def parts(state: Any, params: Any) -> list[Part]:
         slot slots.trace 0
     """
     likes, spec = tree.flatten(params)
-    found: list[Part] = []
+    return list(_walk(state, _Like(spec, likes[0] if spec.is_leaf() else None)))
 
-    def shaped(node: Any) -> list[Any] | None:
+
+class _Like(NamedTuple):
+    """How the parameters are built; ``bare`` where they are one tensor."""
+
+    spec: Any
+    bare: Tensor | None
+
+    def shaped(self, node: Any) -> list[Any] | None:
         """What ``node`` has for each parameter, if it is built as they are."""
         try:
-            of: list[Any] = spec.flatten_up_to(node)
+            of: list[Any] = self.spec.flatten_up_to(node)
         except (ValueError, TypeError):
             return None
         fits = all(isinstance(x, Tensor) or x is None or x == () for x in of) and any(isinstance(x, Tensor) for x in of)
         return of if fits else None
 
-    def walk(node: Any, path: str, role: Role = "other", owner: str = "", kind: str = "") -> None:
-        of = shaped(node) if role == "slot" or (role == "other" and not (spec.is_leaf() and not _like(node, likes[0]))) else None
-        if of is not None:
-            found.extend(Part(path, role, i, owner, kind) for i, x in enumerate(of) if not isinstance(x, tuple))
-            return
-        below = tree.children(node)
-        if below is None:
-            found.append(Part(path, role, None, owner, kind))
-            return
-        derived, scalars = (getattr(type(node), name, ()) for name in ("_derived", "_scalars"))
-        for name, child in below.items():
-            where = f"{path}.{name}" if path else name
-            if isinstance(node, LeafwiseState):
-                walk(child, where, "steps" if name == "step" else "slot", path, type(child).__name__)
-            elif name in scalars:
-                walk(child, where, "hyperparam", path)
-            elif name in derived:
-                walk(child, where, "derived", path)
-            elif derived and name == "count":
-                walk(child, where, "count", path)
-            else:
-                walk(child, where, role, owner, kind)
+    def whole(self, node: Any, role: Role) -> list[Any] | None:
+        if role == "slot" or (role == "other" and not (self.spec.is_leaf() and not _like(node, self.bare))):
+            return self.shaped(node)
+        return None
 
-    walk(state, "")
-    return found
+
+def _walk(node: Any, like: _Like, path: str = "", role: Role = "other", owner: str = "", kind: str = "") -> Iterator[Part]:
+    of = like.whole(node, role)
+    if of is not None:
+        yield from (Part(path, role, i, owner, kind) for i, x in enumerate(of) if not isinstance(x, tuple))
+        return
+    below = tree.children(node)
+    if below is None:
+        yield Part(path, role, None, owner, kind)
+        return
+    derived, scalars = (getattr(type(node), name, ()) for name in ("_derived", "_scalars"))
+    for name, child in below.items():
+        where = f"{path}.{name}" if path else name
+        if isinstance(node, LeafwiseState):
+            yield from _walk(child, like, where, "steps" if name == "step" else "slot", path, type(node.slots).__name__)
+        elif name in scalars:
+            yield from _walk(child, like, where, "hyperparam", path)
+        elif name in derived:
+            yield from _walk(child, like, where, "derived", path)
+        elif derived and name == "count":
+            yield from _walk(child, like, where, "count", path)
+        else:
+            yield from _walk(child, like, where, role, owner, kind)
 
 
 def _like(node: Any, p: Tensor | None) -> bool:
@@ -107,14 +123,14 @@ def in_order(params: Any) -> list[int]:
         [1, 0]
     """
     leaves, spec = tree.flatten(params)
+    return _positions(params, tree.unflatten(spec, list(range(len(leaves)))))
 
-    def walk(node: Any, at: Any) -> list[int]:
-        if tree.children(node) is None:
-            return [] if node is None else [at]
-        pairs = ((node[k], at[k]) for k in node) if isinstance(node, dict) else zip(_values(node), _values(at), strict=True)
-        return [i for child, where in pairs for i in walk(child, where)]
 
-    return walk(params, tree.unflatten(spec, list(range(len(leaves)))))
+def _positions(node: Any, at: Any) -> list[int]:
+    if tree.children(node) is None:
+        return [] if node is None else [at]
+    pairs = ((node[k], at[k]) for k in node) if isinstance(node, dict) else zip(_values(node), _values(at), strict=True)
+    return [i for child, where in pairs for i in _positions(child, where)]
 
 
 def _values(node: Any) -> list[Any]:

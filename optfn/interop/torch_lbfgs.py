@@ -9,7 +9,10 @@ from torch import Tensor
 from optfn import tree
 from optfn.optimizers.lbfgs import LbfgsState
 
-__all__ = ["lbfgs_from_torch", "lbfgs_to_torch"]
+__all__ = ["LBFGS_NAMES", "lbfgs_from_torch", "lbfgs_to_torch"]
+
+LBFGS_NAMES = ("func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "al", "H_diag", "prev_flat_grad", "prev_loss")
+"""What torch keeps."""
 
 
 def lbfgs_from_torch(state: LbfgsState, params: Any, order: list[int], kept: Mapping[str, Any]) -> LbfgsState:

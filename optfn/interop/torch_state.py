@@ -9,10 +9,10 @@ from torch import Tensor
 from optfn import tree
 from optfn.core import GradientTransformation, check_transformation
 from optfn.interop.parts import Part, in_order, parts
-from optfn.interop.torch_lbfgs import lbfgs_from_torch, lbfgs_to_torch
+from optfn.interop.torch_lbfgs import LBFGS_NAMES, lbfgs_from_torch, lbfgs_to_torch
 from optfn.optimizers.lbfgs import LbfgsState
 
-__all__ = ["load_torch_state", "to_torch_state_dict"]
+__all__ = ["is_torch_state", "load_torch_state", "to_torch_state_dict"]
 
 
 class Slots(NamedTuple):
@@ -46,6 +46,13 @@ TABLE: dict[str, Slots] = {
 """By the name of the slots' NamedTuple. A field that is not named here is called in torch what it is called here."""
 
 
+def is_torch_state(states: Iterable[Mapping[str, Any]], own: Iterable[str]) -> bool:
+    """Whether an optimizer of torch has kept this of each parameter; ``own`` are the names that would be expected otherwise."""
+    names = {name for of in states for name in of}
+    known = {"step", *LBFGS_NAMES, *(name for slots in TABLE.values() for name in slots.names.values())}
+    return bool(names) and names <= known and names != {*own}
+
+
 class _Torch(NamedTuple):
     """A state dict, in the order of our leaves: what torch keeps of each parameter, the options of its group; and torch's order."""
 
@@ -65,8 +72,8 @@ def load_torch_state(
 
     What is taken: moments and buffers; step counts; for the counts of schedules the largest of the step counts; the values of
     a group (``lr``, ``betas``, ...) for hyperparameters of these names that ``tx`` keeps in its state (:func:`inject_hyperparams`).
-    A parameter for which torch has no state yet, having had no gradient, gets fresh slots. The state of LBFGS is taken for an
-    :func:`lbfgs` that is not part of a chain.
+    A parameter for which torch has no state yet, having had no gradient, gets fresh slots. The state of LBFGS is taken for the
+    one :func:`lbfgs` that ``tx`` has.
 
     Args:
         tx: the transformation, with the options that the optimizer has.
@@ -98,9 +105,13 @@ def load_torch_state(
         raise TypeError("load_torch_state takes a state dict, got the optimizer: write optimizer.state_dict()")
     given = _read(optimizer_state_dict, params)
     state = tx.init(params)
-    if isinstance(state, LbfgsState):
-        return lbfgs_from_torch(state, params, given.order, next(filter(None, given.kept), {}))
     leaves, spec = tree.flatten(state)
+    if (search := _search(state)) is not None:
+        kept_by_first = next(filter(None, given.kept), {})
+        found = lbfgs_from_torch(search, params, given.order, kept_by_first)
+        leaves = [next((new for old, new in zip(search, found, strict=True) if old is x), x) for x in leaves]
+        step = kept_by_first.get("n_iter", 0) if step is None else step
+        given = given._replace(kept=[{} for _ in given.kept])
     places = parts(state, params)
     names = [f"{path!r}" if path else "the tensor" for path in tree.paths(params)]
     used: list[dict[str, str]] = [{} for _ in names]
@@ -178,15 +189,12 @@ def to_torch_state_dict(
     like = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     owners = _owners(like["param_groups"], params)
     tree.match(tree.flatten(tx.init(params))[1], state, "the state", "tx.init(params)")
-    if isinstance(state, LbfgsState):
-        kept_by_first = lbfgs_to_torch(state, params, list(owners))
-        first = next(iter(owners.values()))[0]
-        groups = [dict(group) for group in like["param_groups"]]
-        return {"state": {first: kept_by_first} if kept_by_first else {}, "param_groups": groups}
     leaves, places = tree.flatten(state)[0], parts(state, params)
     steps = {part.owner: x.tolist() for part, x in zip(places, leaves, strict=True) if part.role == "steps"}
     options = [dict(group) for group in like["param_groups"]]
     kept: dict[Any, dict[str, Any]] = {}
+    if (search := _search(state)) is not None and search.n_iter:
+        kept[next(iter(owners.values()))[0]] = lbfgs_to_torch(search, params, list(owners))
     for part, x in zip(places, leaves, strict=True):
         if part.role != "slot" or part.leaf is None:
             continue
@@ -207,6 +215,12 @@ def to_torch_state_dict(
                 if part.name in options[n]:
                     _put(options[n], part, x.item())
     return {"state": {key: kept[key] for key, _ in owners.values() if key in kept}, "param_groups": options}
+
+
+def _search(state: Any) -> LbfgsState | None:
+    """The state of L-BFGS in this one, if it is there once."""
+    found = [node for node in tree.subtrees(state) if isinstance(node, LbfgsState)]
+    return found[0] if len(found) == 1 else None
 
 
 def _torch_name(part: Part) -> str:

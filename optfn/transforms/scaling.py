@@ -33,7 +33,7 @@ def scale(step_size: Scalar) -> GradientTransformation:
         {'w': tensor([-1.])}
     """
     step_size = number("step_size", step_size)
-    return stateless_with_tree_map(lambda g, p: step_size * g, sparse="values")
+    return stateless_with_tree_map(lambda g, p: g * step_size, sparse="values")
 
 
 def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:

@@ -48,8 +48,8 @@ def inject_hyperparams(
 
     Numeric is an argument that is given as a float, or as a number or a 0-dim tensor where its default is a float; a
     tuple of such (``betas``) too. Bools, strings, functions where the default is no number (``mask``) and ints where the
-    default is no float stay what they are. So does an argument that is left at its default of 0, which switches a part of the
-    algorithm off: give it, ``weight_decay=0.0``, to have it in the state.
+    default is no float stay what they are. So does the number 0 where that is the default, given or not: it switches a part of
+    the algorithm off. Give a tensor, ``weight_decay=torch.tensor(0.0)``, to have it in the state.
 
     Args:
         factory: a function that returns a transformation, such as :func:`adamw` or your own.
@@ -84,14 +84,9 @@ def inject_hyperparams(
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> GradientTransformation:
         bound = signature.bind(*args, **kwargs)
-        given = {*bound.arguments}
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        kinds = {
-            name: _kind(value, signature.parameters[name].default)
-            for name, value in arguments.items()
-            if name not in static and (name in given or not is_zero(value))
-        }
+        kinds = {name: _kind(value, signature.parameters[name].default) for name, value in arguments.items() if name not in static}
         numbers = {name: arguments[name] for name, kind in kinds.items() if kind == "number"}
         schedules = {name: arguments[name] for name, kind in kinds.items() if kind == "schedule"}
 
@@ -111,20 +106,14 @@ def _injected(
 ) -> GradientTransformation:
     """``make(values)`` at every step, with the values of numbers and of schedules by name."""
 
-    def as_tensor(value: Any, device: torch.device) -> Any:
-        if isinstance(value, tuple):
-            return tuple(as_tensor(v, device) for v in value)
-        dtype = hyperparam_dtype or (torch.float32 if device.type == "mps" else torch.float64)
-        return torch.as_tensor(value, dtype=dtype, device=device)
-
     def scheduled_at(count: Tensor) -> dict[str, Any]:
-        return {name: as_tensor(schedule(as_time(count)), count.device) for name, schedule in schedules.items()}
+        return {name: _as_tensor(schedule(as_time(count)), hyperparam_dtype, count) for name, schedule in schedules.items()}
 
     checked = make(dict.fromkeys(schedules, torch.zeros(())))  # the numbers are checked here, once; what a schedule gives never is
 
     def init(params: Any) -> InjectHyperparamsState:
         count = tree.new_count(params)
-        hyperparams = {name: tree.map(torch.clone, as_tensor(value, count.device)) for name, value in numbers.items()}
+        hyperparams = {name: tree.map(torch.clone, _as_tensor(value, hyperparam_dtype, count)) for name, value in numbers.items()}
         scheduled = scheduled_at(count)
         return InjectHyperparamsState(count, hyperparams, scheduled, make({**hyperparams, **scheduled}).init(params))
 
@@ -150,8 +139,18 @@ def with_learning_rate(make: Callable[[Any], GradientTransformation], lr: Scalar
     return make(lr)
 
 
+def _as_tensor(value: Any, dtype: torch.dtype | None, like: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_as_tensor(v, dtype, like) for v in value)
+    return torch.as_tensor(
+        value, dtype=dtype or (torch.float32 if like.device.type == "mps" else torch.float64), device=like.device
+    )
+
+
 def _kind(value: Any, default: Any) -> str:
     """What an argument is: a number to keep in the state, a schedule, or static."""
+    if is_zero(value) and is_zero(default):
+        return "static"
     wants_float = isinstance(default, float) or default is inspect.Parameter.empty
     if callable(value) and not isinstance(value, Tensor):
         return "schedule" if wants_float else "static"
