@@ -103,7 +103,8 @@ def compile(
                 if internals.function_modes() is None or any(map(_has_no_memory, tree.leaves(bound.arguments))):
                     return _eagerly(fn, donated, bound)
             if any(map(_has_bits, leaves := tree.leaves((args, kwargs)))):
-                return _without_bits(calls, (args, kwargs)) or _eagerly(fn, donated, bound)
+                found = _without_bits(calls, (args, kwargs))
+                return found[0] if found else _eagerly(fn, donated, bound)
             if call is None and calls is not None:
                 call = calls.add(args, kwargs)
                 if call is not None and call[0].program is not None:
@@ -145,10 +146,11 @@ def _has_bits(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj())
 
 
-def _without_bits(calls: "_Calls | None", given: tuple[Any, Any]) -> Any:
+def _without_bits(calls: "_Calls | None", given: tuple[Any, Any]) -> tuple[Any] | None:
     """A call with tensors whose memory holds their numbers: code that Inductor generates (torch 2.13) does not know better.
 
-    None if the step is not traced here: Dynamo would not notice a step that asks for the difference.
+    Returns:
+        Its result; None if the step is not traced here, as Dynamo would not notice a step that asks for the difference.
     """
     leaves, spec = tree.flatten(given)
     plain = {id(x): x.resolve_conj().resolve_neg() for x in leaves if _has_bits(x)}
@@ -161,7 +163,7 @@ def _without_bits(calls: "_Calls | None", given: tuple[Any, Any]) -> Any:
     for i, x in enumerate(results):
         if id(x) in originals:
             results[i] = originals[id(x)].copy_(x)
-    return tree.unflatten(structure, results)
+    return (tree.unflatten(structure, results),)
 
 
 def _by_dynamo(
@@ -271,7 +273,8 @@ class _Call:
         tensors = [leaves[i] for i in self.places]
         self.whole = len(tensors) == len(leaves)
         self.donated = [j for j, x in enumerate(tensors) if id(x) in donated]
-        self.kinds = [(x.shape, x.dtype) for x in tensors]
+        self.kinds = [(x.shape, x.dtype) for x in leaves if isinstance(x, Tensor)]
+        self.donated_kinds = [(x.shape, x.dtype) for x in leaves if id(x) in donated]
         self.bindings = Bindings()
         self.outside: list[Tensor] = []
         self.held: list[Tensor] = []
@@ -301,7 +304,7 @@ class _Call:
 
     def varies(self, other: "_Call") -> bool:
         """Whether another call has the same donated tensors, but sizes or constants that are not the same."""
-        same = self.spec == other.spec and [self.kinds[j] for j in self.donated] == [other.kinds[j] for j in other.donated]
+        same = self.spec == other.spec and self.donated_kinds == other.donated_kinds
         return same and (self.kinds != other.kinds or list(map(repr, self.constants)) != list(map(repr, other.constants)))
 
     def record(

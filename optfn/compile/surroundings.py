@@ -5,6 +5,7 @@ modules, and what some functions and attributes answer. The classes that a funct
 asks for one of the others is not compiled.
 """
 
+import contextlib
 import dis
 import inspect
 import random
@@ -21,7 +22,7 @@ __all__ = ["Surroundings"]
 
 # Names of what Dynamo takes for constant, though it changes. Whoever has one of them for something else loses speed.
 _CONSTANT_TO_DYNAMO = {"getenv", "getrecursionlimit", "is_leaf", "_base", "_is_view", "is_neg", "is_conj"}
-_OF_NO_USER = {"builtins", "collections", "enum", "functools", "numpy", "optfn", "torch", "typing"}
+_OF_NO_USER = {*sys.stdlib_module_names, "numpy", "optfn", "torch"}
 _DEPTH = 4  # of containers and attributes
 
 
@@ -54,7 +55,8 @@ class Surroundings:
             if _owner(x.__globals__.get("__name__")) not in _OF_NO_USER:
                 self.code(x.__code__, x)
             for cell in x.__closure__ or ():
-                self.reach(getattr(cell, "cell_contents", None), depth + 1)
+                with contextlib.suppress(ValueError):  # a variable that is not bound
+                    self.reach(cell.cell_contents, depth + 1)
         elif isinstance(x, torch.nn.Module):
             for module in x.modules():
                 self.kind(type(module))
@@ -67,9 +69,11 @@ class Surroundings:
                 self.reach(child, depth + 1)
         elif isinstance(x, random.Random) or type(x).__module__.startswith("numpy.random"):
             self.compiles = False
-        elif not isinstance(x, types.ModuleType | torch.Tensor | str | int | float):
-            self.kind(x if isinstance(x, type) else type(x))
-            for child in getattr(x, "__dict__", {}).values() if not isinstance(x, type) else ():
+        elif isinstance(x, type):
+            self.kind(x)
+        elif not isinstance(x, types.ModuleType) and _owner(type(x).__module__) not in _OF_NO_USER:
+            self.kind(type(x))
+            for child in getattr(x, "__dict__", {}).values():
                 self.reach(child, depth + 1)
 
     def kind(self, kind: type) -> None:
@@ -95,7 +99,7 @@ class Surroundings:
         for name in names:
             x = f.__globals__.get(name)
             if isinstance(x, types.ModuleType):
-                for attribute in names & {*vars(x)} if _owner(x.__name__) not in (*_OF_NO_USER, *sys.stdlib_module_names) else ():
+                for attribute in names & {*vars(x)} if _owner(x.__name__) not in _OF_NO_USER else ():
                     self.reach(vars(x)[attribute], 1)
             else:
                 self.reach(x, 1)
