@@ -57,11 +57,13 @@ def compile(
     ``index_put``, ``index_copy``, ``index_add`` of rows) is written where it lies, and no second table is made, unless
     the step itself reads the whole of the new one.
 
+    At every call the result is that of ``fn`` at that call, whatever ``fn`` reads besides its arguments, or an error. The page
+    "What compile promises" of the documentation says how that is kept, and at what cost.
+
     How it is compiled: with the backend ``"optfn"`` a donated step is taken apart into regions, each distinct one is compiled once,
     by Inductor, and called as often as it occurs; so it compiles in the time of one layer, however deep the model is. A step
-    that reads nothing that could change but its arguments (numbers, functions and transformations that it closes over cannot,
-    but by being bound anew, which is noticed) is traced by running it once; any other by Dynamo, which takes longer and
-    guards what it reads. So are calls in which numbers, or sizes of what is not donated, differ from those of the first.
+    of which all that it reads is known and guarded is traced by running it once; any other by Dynamo, which takes longer. So are
+    calls in which numbers, or sizes of what is not donated, differ from those of the first.
 
     Args:
         fn: a pure function of trees of tensors.
@@ -72,6 +74,8 @@ def compile(
         ValueError: when made, if ``donate`` names no argument of ``fn``; when called, if a tensor that is donated appears
             twice among the arguments or shares memory with another, or no result has its shape and dtype.
         TypeError: when called, if a donated leaf is no dense tensor.
+        RuntimeError: when called with something to donate inside of another compiled step, or under a transform of
+            :mod:`torch.func`.
 
     An error leaves the arguments as they were.
 
