@@ -13,6 +13,7 @@ import random
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -850,13 +851,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="how long")
     parser.add_argument("--cases", type=int, default=0, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the others follow")
+    parser.add_argument("--small", action="store_true", help="smaller cases, of which more fit into the time")
     parser.add_argument("--quick", action="store_true", help="interpret regions: no code is generated")
     parser.add_argument("--keep", action="store_true", help="print failing cases as they are, not made smaller")
     options = parser.parse_args(arguments)
     end, seed, failed = time.monotonic() + 60 * options.minutes, options.seed, 0
+    warnings.filterwarnings("ignore", "apply_updates: every update is None")  # some cases are so
     used: Counter[str] = Counter()
     while time.monotonic() < end and (not options.cases or seed < options.seed + options.cases):
-        case = draw(seed)
+        case = draw(seed, options.small)
         started = time.monotonic()
         if (error := failure(case, options.quick)) is not None:
             failed += 1
