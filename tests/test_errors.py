@@ -97,6 +97,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         TypeError,
         ("takes the function", "got the transformation", "inject_hyperparams(optfn.adam)(lr=1e-3)"),
     ),
+    "inject_hyperparams, a name of Optax's": (
+        lambda: optfn.inject_hyperparams(optfn.adam)(learning_rate=0.1),
+        TypeError,
+        ("adam has no argument 'learning_rate'", "lr=..."),
+    ),
     "inject_hyperparams of torch's": (lambda: optfn.inject_hyperparams(torch.optim.SGD), TypeError, ("optfn.sgd perhaps",)),
     "mask function of Optax": (
         lambda: optfn.masked(ADAM, lambda params: {"w": True, "b": False}).init(PARAMS),

@@ -49,9 +49,11 @@ _FUNCTIONS = {
 # Packages and modules whose functions compute with nothing but their arguments and the state of torch that is guarded.
 _PACKAGES = {
     "optfn": __file__.removesuffix(os.path.join("compile", "closure.py")),
-    "optree": os.path.dirname(optree.__file__),
-    **dict.fromkeys(("torch._functorch", "torch._jit_internal", "torch._tensor"), os.path.dirname(torch.__file__)),
-    **dict.fromkeys(("torch.functional", "torch.nn.functional"), os.path.dirname(torch.__file__)),
+    "optree": os.path.join(os.path.dirname(optree.__file__), ""),
+    **dict.fromkeys(
+        ("torch._functorch", "torch._jit_internal", "torch._tensor"), os.path.join(os.path.dirname(torch.__file__), "")
+    ),
+    **dict.fromkeys(("torch.functional", "torch.nn.functional"), os.path.join(os.path.dirname(torch.__file__), "")),
     **{module.__name__: module.__file__ or "" for module in (functools, operator)},
 }
 

@@ -55,7 +55,8 @@ class TorchOptimizer(torch.optim.Optimizer):
     ``amsgrad``, or of ``momentum`` from or to its default of 0, the transformation of the group is made anew. It goes on with the
     state that it finds: a slot that is new begins fresh, one that is no longer used is kept for when it is used again (not in
     checkpoints). If that cannot be, since what has begun has another shape or dtype or another beginning under the new option, the
-    step raises an error and nothing has changed. The factory's own errors come at the next step too. An option of a class of
+    step raises an error and nothing has changed. What only says how a state begins (``initial_accumulator_value``) acts where one
+    begins. The factory's own errors come at the next step too. An option of a class of
     torch that the factory has no argument for is an error (``foreach``, ``fused`` and ``capturable`` mean nothing here); any other
     name is a note of the user's, as in torch.
 

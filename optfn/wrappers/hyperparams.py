@@ -83,7 +83,11 @@ def inject_hyperparams(
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> GradientTransformation:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            factory(*args, **kwargs)  # says what is wrong, in better words
+            raise
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         kinds = {name: _kind(value, signature.parameters[name].default) for name, value in arguments.items() if name not in static}
