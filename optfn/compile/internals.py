@@ -137,9 +137,11 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
 
 
 def compile_with_inductor(
-    module: torch.fx.GraphModule, inputs: list[Any], inner: Callable[..., Any], options: dict[str, Any]
+    module: torch.fx.GraphModule, inputs: list[Any], inner: Callable[..., Any], options: dict[str, Any], table: dict[Any, Any]
 ) -> Any:
     """Inductor's own way from a graph of Dynamo's, with ``inner(compile, module, inputs, **kwargs)`` where it generates code.
+
+    ``table`` is what operators are decomposed into.
 
     The cache of whole graphs is off: it would give back what plain Inductor made of the same graph.
     """
@@ -148,7 +150,7 @@ def compile_with_inductor(
 
     _lower_copies()
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(module, inputs, functools.partial(inner, compile_fx_inner), options or None)
+        return compile_fx(module, inputs, functools.partial(inner, compile_fx_inner), options or None, table)
 
 
 def _sum_by_rows(graph: torch.fx.Graph) -> None:
