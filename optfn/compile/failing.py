@@ -92,8 +92,7 @@ _SAFE_NAMES = {f"{space}::{name}" for space, names in _SAFE.items() for name in 
 _DIVISIONS = {"div", "divide", "floor_divide", "remainder", "fmod"}
 
 
-# Operators with indices: of several dimensions, negative ones from the end; of the dimension that they name; of the first. What
-# counts from the end and is not here, as index_fill does, has been decomposed into what is.
+# Operators with indices: of several dimensions, negative ones from the end; of the dimension that they name; of the first.
 _OF_SEVERAL = {aten.index.Tensor, aten.index_put.default}
 _OF_ONE = {
     *(aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter.reduce, aten.scatter.value_reduce),
@@ -101,6 +100,8 @@ _OF_ONE = {
     *(aten.index_copy.default, aten.index_reduce.default),
 }
 _OF_ROWS = {aten.embedding.default}
+# Decomposed, these would not fail where they do, or the other way round.
+_KEPT = {aten.masked_scatter.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor}
 _FINDS_PLACES = {  # the second result is where in a dimension the first one was found
     *(aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default, aten.max.dim, aten.min.dim),
     *(aten.median.dim, aten.mode.default, aten.cummax.default, aten.cummin.default),
@@ -137,15 +138,8 @@ def strict(decompositions: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[
 
         return run
 
-    def of_classes(decompose: Callable[..., Any]) -> Callable[..., Any]:
-        def run(index: Tensor, num_classes: int = -1) -> Any:
-            return decompose(within(index, 0, num_classes) if index.device.type == "cpu" else index, num_classes)
-
-        return run
-
-    found = {op: decompose for op, decompose in decompositions.items() if op is not aten.masked_scatter.default}
-    found |= {op: of_one(found[op]) for op in _OF_ONE if op in found}
-    return found | {aten.one_hot.default: of_classes(found[aten.one_hot.default])}
+    found = {op: decompose for op, decompose in decompositions.items() if op not in _KEPT}
+    return found | {op: of_one(found[op]) for op in _OF_ONE if op in found}
 
 
 def _indices(n: Node) -> list[tuple[Node, int, int]] | None:
@@ -176,6 +170,9 @@ def _is_within(index: Node, least: int, size: int) -> bool:
     if n.target is operator.getitem and args[1] == 1 and args[0].target in _FINDS_PLACES:
         searched: Any = args[0].args[0]
         return max(searched.meta["val"].shape, default=1) <= size
+    if n.target in (aten.argmax.default, aten.argmin.default):
+        shape = args[0].meta["val"].shape
+        return (math.prod(shape) if len(args) < 2 or args[1] is None else max(shape, default=1)) <= size
     if n.target is torch.ops.prims._low_memory_max_pool_offsets_to_indices.default:
         return math.prod(args[2]) <= size
     below = _ancestors(index) | {index}

@@ -97,6 +97,8 @@ def split(graph: Graph, compile_regions: CompileRegions) -> Program:
             thing that it does to them.
         compile_regions: makes functions of the list of inputs from such graphs and their fake inputs.
     """
+    for n in graph.nodes:
+        n.meta.setdefault("val", None)  # a check gives nothing
     check_indices(graph)
     return _Splitter(*together(graph, phases_of(graph))).program(compile_regions)
 
