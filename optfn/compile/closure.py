@@ -1,84 +1,331 @@
-"""What a function reads besides its arguments, and whether that can change."""
+"""What a function reads besides its arguments, and the proof that none of it changes unseen.
 
+Whatever is not known here counts as changeable. A thing is known by what it is: a module by its own dict, a function by the globals
+that it runs in and by its code, a class by what stands in it. A name is only looked up where the function would look it up.
+"""
+
+import _operator
+import builtins
+import collections
 import dis
-import enum
 import functools
+import inspect
+import math
+import operator
+import os
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import optree
 import torch
+from torch import Tensor
 
+from optfn.compile import internals
 from optfn.compile.internals import OpOverload, OpOverloadPacket
+from optfn.compile.structure import is_named_tuple
 
-__all__ = ["Bindings", "bindings"]
+__all__ = ["Bindings", "bindings", "is_plain_class", "same_number"]
 
-_CONSTANT = (
-    *(type(None), type(...), bool, int, float, complex, str, bytes, range, type, enum.Enum, types.ModuleType),
-    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType),
+_NOTHING: Any = object()
+
+_NUMBERS = (bool, int, float, complex)
+_IMMUTABLE = {
+    *(type(None), type(...), *_NUMBERS, str, bytes, range, slice, inspect.Signature),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo, torch.iinfo),
     *(OpOverload, OpOverloadPacket),
-)
-# Functions of these packages read nothing that changes what they compute; what is made by optfn never changes.
-_KNOWN = ("torch", "optfn", "optree", "math", "operator", "functools", "itertools", "collections", "typing", "builtins")
+}
+_TYPES = {
+    *(*_NUMBERS, str, bytes, list, tuple, dict, set, frozenset, range, slice, enumerate, filter, map, reversed, zip),
+    *(collections.OrderedDict, collections.defaultdict, functools.partial, ValueError, TypeError, RuntimeError, KeyError),
+    *(torch.Tensor, torch.nn.Parameter, torch.Size, torch.device, torch.dtype, torch.finfo, torch.iinfo),
+    *(torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.autocast),
+}
+_FUNCTIONS = {
+    *(abs, all, any, callable, divmod, isinstance, issubclass, iter, len, max, min, next, pow, round, sorted, sum),
+    *(functools.reduce, torch.is_tensor, torch.is_grad_enabled, torch.get_default_dtype),
+}
+# Packages and modules whose functions compute with nothing but their arguments and the state of torch that is guarded.
+_PACKAGES = {
+    "optfn": __file__.removesuffix(os.path.join("compile", "closure.py")),
+    "optree": os.path.dirname(optree.__file__),
+    **dict.fromkeys(("torch._functorch", "torch._jit_internal", "torch._tensor"), os.path.dirname(torch.__file__)),
+    **dict.fromkeys(("torch.functional", "torch.nn.functional"), os.path.dirname(torch.__file__)),
+    **{module.__name__: module.__file__ or "" for module in (functools, operator)},
+}
+
+# What changes something, or looks where no name says.
+_FORBIDDEN = {
+    *("IMPORT_NAME", "IMPORT_FROM", "IMPORT_STAR", "LOAD_BUILD_CLASS", "LOAD_NAME", "LOAD_LOCALS", "LOAD_CLASSDEREF"),
+    *("LOAD_FROM_DICT_OR_DEREF", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_SUPER_ATTR", "SETUP_ANNOTATIONS", "PRINT_EXPR"),
+    *("STORE_NAME", "STORE_GLOBAL", "STORE_ATTR", "DELETE_NAME", "DELETE_GLOBAL", "DELETE_ATTR", "DELETE_DEREF"),
+    *("GET_AWAITABLE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH", "SEND"),
+}
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_ALWAYS_IN_A_NAMED_TUPLE = {
+    *("__slots__", "__doc__", "__module__", "__annotations__", "__orig_bases__", "__match_args__", "__new__", "__repr__"),
+    *("_fields", "_field_defaults", "_make", "_replace", "__replace__", "_asdict", "__getnewargs__"),
+    *(
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__classdictcell__",
+        "__firstlineno__",
+        "__static_attributes__",
+    ),
+}
+
+
+class _ChangeableError(Exception):
+    """Something that the function reads may change unseen."""
 
 
 class Bindings:
-    """The names that a function and those that it calls find outside of their arguments, and what they stood for."""
+    """What a function and those that it calls find outside of their arguments.
+
+    Attributes:
+        tensors: those that they can reach. Their numbers are read where they lie; their kinds are for the caller to guard.
+        names: a dict, a name in it, and what the name stands for, or that it stands for nothing.
+        cells: a variable of an enclosing function, and what it holds.
+        looks: what gives the insides of a thing as a tuple, the thing, and the insides.
+    """
 
     def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.names: list[tuple[dict[str, Any], str, Any]] = []
         self.cells: list[tuple[Any, Any]] = []
-        self.globals: list[tuple[dict[str, Any], str, Any]] = []
+        self.looks: list[tuple[Callable[[Any], tuple[Any, ...]], Any, tuple[Any, ...]]] = []
 
     def hold(self) -> bool:
-        """Whether every name still stands for the same object."""
-        for cell, value in self.cells:
-            if cell.cell_contents is not value:
+        """Whether all of it is as it was."""
+        for names, name, value in self.names:
+            if names.get(name, _NOTHING) is not value and not same_number(names.get(name, _NOTHING), value):
                 return False
-        return all(names.get(name) is value for names, name, value in self.globals)
+        try:
+            for cell, value in self.cells:
+                if cell.cell_contents is not value and not same_number(cell.cell_contents, value):
+                    return False
+        except ValueError:  # deleted
+            return False
+        for look, thing, inside in self.looks:
+            now = look(thing)
+            if len(now) != len(inside) or not all(map(operator.is_, now, inside)):
+                return False
+        return not any(map(_attributes, self.tensors))
+
+    def numbers(self) -> list[Any]:
+        """The numbers among the names and variables, as texts that tell -0.0 from 0.0."""
+        return [repr(value) for *_, value in (*self.names, *self.cells) if type(value) in _NUMBERS]
 
 
-def bindings(fn: Callable[..., Any]) -> Bindings | None:
-    """What ``fn`` reads besides its arguments, if none of it can change but by being bound anew.
+def same_number(a: Any, b: Any) -> bool:
+    """Whether two numbers cannot be told apart: by type, by sign of zero, and a NaN is itself.
 
-    Numbers, functions, and transformations of this library cannot change; tensors are read where they lie. A module, a list, a
-    dict, an object with attributes can: then the answer is None.
+    Example:
+        >>> same_number(1, 1), same_number(1, True), same_number(0.0, -0.0), same_number(float("nan"), float("nan"))
+        (True, False, False, True)
     """
-    found, seen = Bindings(), {id(None): None}
+    return type(a) is type(b) and type(a) in _NUMBERS and (a == b or a != a) and repr(a) == repr(b)
 
-    def fixed(value: Any, ours: bool) -> bool:
-        if isinstance(value, _CONSTANT) or type(value) in (torch.Tensor, torch.nn.Parameter) or id(value) in seen:
-            return True
-        seen[id(value)] = value
-        if isinstance(value, tuple | frozenset) or (ours and isinstance(value, list | set)):
-            return all(fixed(x, ours) for x in value)
-        if ours and isinstance(value, dict):
-            return all(fixed(x, ours) for x in value.values())
-        if isinstance(value, functools.partial):
-            return all(fixed(x, ours) for x in (value.func, value.args, *value.keywords.values()))
-        return isinstance(value, types.FunctionType) and function(value)
 
-    def function(value: types.FunctionType) -> bool:
-        known = (value.__module__ or "").split(".")[0] in _KNOWN
-        inside: list[Any] = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        for cell in value.__closure__ or ():
-            try:
-                inside.append(cell.cell_contents)
-            except ValueError:  # not bound yet
-                return False
-            if not known:
-                found.cells.append((cell, cell.cell_contents))
+def bindings(fn: Callable[..., Any], classes: Iterable[type] = ()) -> Bindings | None:
+    """What ``fn`` reads besides its arguments, if none of it can change unseen; None if something may.
+
+    Numbers, functions and transformations of this library are guarded by identity, tensors are read where they lie. A module of
+    neural networks, a list, a dict, an object with attributes can change in ways that cost more to guard than they save.
+
+    Args:
+        fn: the function.
+        classes: the NamedTuples among its arguments.
+    """
+    found = _Reader()
+    try:
+        found.value(fn)
+        for kind in classes:
+            found.named_tuple(kind)
+    except _ChangeableError as reason:
+        internals.log.debug("%s is left to Dynamo: %s", fn, reason)
+        return None
+    return found.bindings
+
+
+def is_plain_class(kind: type) -> bool:
+    """Whether a class is a NamedTuple that has fields, and nothing else that a function could read.
+
+    Example:
+        >>> class Point(NamedTuple):
+        ...     x: float
+        >>> is_plain_class(Point)
+        True
+    """
+    extra = {*vars(kind)} - _ALWAYS_IN_A_NAMED_TUPLE - {*getattr(kind, "_fields", ())}
+    return is_named_tuple(kind) and type(kind) is type and not extra
+
+
+def _attributes(x: Any) -> dict[str, Any]:
+    return x.__dict__
+
+
+def _of_function(f: Any) -> tuple[Any, ...]:
+    named = f.__kwdefaults__ or {}
+    return (f.__code__, f.__defaults__, *named, *named.values(), *f.__dict__, *f.__dict__.values())
+
+
+def _of_partial(f: Any) -> tuple[Any, ...]:
+    return (f.func, f.args, *f.keywords, *f.keywords.values(), *f.__dict__)
+
+
+def _of_mapping(x: Any) -> tuple[Any, ...]:
+    return (*x, *x.values())
+
+
+def _is_known(names: dict[str, Any]) -> bool:
+    """Whether these are the globals of a module whose functions are known."""
+    name: Any = names.get("__name__")
+    module: Any = sys.modules.get(name) if isinstance(name, str) else None
+    if module is None or vars(module) is not names:
+        return False
+    parts = name.split(".")
+    place = next((x for i in range(len(parts), 0, -1) if (x := _PACKAGES.get(".".join(parts[:i])))), None)
+    return place is not None and (module.__file__ or "").startswith(place)
+
+
+class _Reader:
+    """Walks from a function to everything that it can reach."""
+
+    def __init__(self) -> None:
+        self.bindings = Bindings()
+        self.seen: dict[int, Any] = {}
+
+    def value(self, x: Any, *, ours: bool = False) -> None:
+        """What the function may do anything with: hand on, call, ask for attributes.
+
+        Args:
+            x: the value.
+            ours: whether it lies inside a known function, where lists and dicts are guarded by what they hold.
+        """
+        if type(x) in _IMMUTABLE or id(x) in self.seen:
+            return
+        self.seen[id(x)] = x
+        kind: Any = type(x)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            self.tensor(x)
+        elif kind is tuple or kind is frozenset or is_named_tuple(kind):
+            if kind not in (tuple, frozenset):
+                self.named_tuple(kind)
+            self.values(x, ours)
+        elif kind is types.FunctionType:
+            self.function(x)
+        elif kind is functools.partial:
+            self.look(_of_partial, x)
+            self.values((x.func, x.args, *x.keywords.values()), ours)
+            self.require(not x.__dict__, "an attribute of a partial")
+        elif kind is type:
+            self.require(x in _TYPES, f"the class {x.__qualname__}") if not is_named_tuple(x) else self.named_tuple(x)
+        elif isinstance(x, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
+            self.require(_is_known_builtin(x), f"the function {x.__name__}")
+        elif ours and kind in (list, set):
+            self.look(tuple, x)
+            self.values(x, ours)
+        elif ours and kind in (dict, collections.OrderedDict, types.MappingProxyType):
+            self.look(_of_mapping, x)
+            self.values(x.values(), ours)
+        else:
+            self.require(x in _TYPES if isinstance(x, type) else False, f"an object of {kind.__qualname__}")
+
+    def values(self, xs: Iterable[Any], ours: bool) -> None:
+        for x in xs:
+            self.value(x, ours=ours)
+
+    def require(self, held: bool, what: str) -> None:
+        if not held:
+            raise _ChangeableError(f"{what} may change")
+
+    def look(self, look: Callable[[Any], tuple[Any, ...]], x: Any) -> None:
+        self.bindings.looks.append((look, x, look(x)))
+
+    def tensor(self, x: Tensor) -> None:
+        self.require(x.layout == torch.strided and not x.is_meta and not _attributes(x), "a tensor with attributes of its own")
+        self.bindings.tensors.append(x)
+
+    def named_tuple(self, kind: type) -> None:
+        if id(kind) in self.seen or _is_known_class(kind):
+            return
+        self.seen[id(kind)] = kind
+        self.require(is_plain_class(kind), f"what stands in the class {kind.__qualname__}")
+        self.look(lambda x: _of_mapping(vars(x)), kind)
+
+    def function(self, f: types.FunctionType) -> None:
+        known = _is_known(f.__globals__)
+        self.values((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *f.__dict__.values()), known)
         if not known:
-            for name in _global_names(value.__code__):
-                if name in value.__globals__:
-                    inside.append(value.__globals__[name])
-                    if not isinstance(inside[-1], types.ModuleType):
-                        found.globals.append((value.__globals__, name, inside[-1]))
-        return all(fixed(x, known) for x in inside)
+            self.look(_of_function, f)
+            self.code(f.__code__, f, dict(zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)))
+            return
+        for cell in f.__closure__ or ():
+            try:
+                self.value(cell.cell_contents, ours=True)
+            except ValueError as unbound:
+                raise _ChangeableError("a variable that is not bound yet may be") from unbound
 
-    return found if fixed(fn, False) else None
+    def code(self, code: types.CodeType, f: types.FunctionType, cells: dict[str, Any]) -> None:
+        """All that a piece of code of ``f`` finds by name; ``cells`` are variables of functions around ``f``."""
+        self.require(not code.co_flags & inspect.CO_COROUTINE, "a coroutine")
+        instructions = list(dis.get_instructions(code))
+        for i, step in enumerate(instructions):
+            self.require(step.opname not in _FORBIDDEN, f"with {step.opname}, something")
+            if step.opname in _ATTRIBUTE:
+                self.require(not step.argval.startswith("__"), f"the attribute {step.argval}")
+            attributes: list[str] = []
+            for after in instructions[i + 1 :]:
+                if after.opname not in _ATTRIBUTE:
+                    break
+                attributes.append(after.argval)
+            if step.opname == "LOAD_GLOBAL":
+                self.attribute(self.named(f, step.argval), attributes)
+            elif "DEREF" in step.opname and step.argval in cells:
+                self.require(step.opname == "LOAD_DEREF", f"the variable {step.argval}")
+                self.attribute(self.held(cells[step.argval], step.argval), attributes)
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType):
+                shared = {*inner.co_freevars} - {*code.co_cellvars}
+                self.code(inner, f, {name: cell for name, cell in cells.items() if name in shared})
+
+    def named(self, f: types.FunctionType, name: str) -> Any:
+        for names in (f.__globals__, f.__builtins__):  # pyright: ignore[reportAttributeAccessIssue]
+            value = names.get(name, _NOTHING)
+            self.bindings.names.append((names, name, value))
+            if value is not _NOTHING:
+                return value
+        raise _ChangeableError(f"the name {name}, which stands for nothing, may change")
+
+    def held(self, cell: Any, name: str) -> Any:
+        try:
+            value = cell.cell_contents
+        except ValueError as unbound:
+            raise _ChangeableError(f"the variable {name}, which is not bound, may change") from unbound
+        self.bindings.cells.append((cell, value))
+        return value
+
+    def attribute(self, x: Any, attributes: list[str]) -> None:
+        """A value of which the function asks these attributes, one of the other, before it does anything else with it."""
+        rest = list(attributes)
+        while rest and isinstance(x, types.ModuleType):
+            names, name = vars(x), rest.pop(0)
+            self.require(name in names, f"the attribute {name} of {x.__name__}")
+            self.bindings.names.append((names, name, names[name]))
+            x = names[name]
+        self.require(not isinstance(x, types.ModuleType), "a module as a value")
+        self.require(not rest or not isinstance(x, Tensor) or hasattr(Tensor, rest[0]), "an attribute of a tensor")
+        self.value(x)
 
 
-def _global_names(code: types.CodeType) -> set[str]:
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+def _is_known_class(kind: type) -> bool:
+    names = vars(sys.modules.get(kind.__module__, builtins))
+    return _is_known(names) and names.get(kind.__qualname__) is kind
+
+
+def _is_known_builtin(f: Any) -> bool:
+    of = getattr(f, "__self__", None) or getattr(f, "__objclass__", None)
+    return f in _FUNCTIONS or internals.is_operator(f) or of is math or of is _operator or of in _TYPES

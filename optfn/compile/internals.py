@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import logging
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,13 +23,22 @@ __all__ = [
     "available",
     "compile_regions",
     "compile_with_inductor",
+    "compiling",
     "decompositions",
     "fake_mode",
     "fake_of",
+    "function_modes",
+    "is_operator",
     "is_pure",
+    "is_read_off_kind",
+    "is_requires_grad",
+    "is_transformed",
+    "log",
     "no_modes",
     "prepare_model",
 ]
+
+log = logging.getLogger("optfn.compile")
 
 # Inductor of torch 2.11 fuses what reads other entries of a tensor (a row, a sum) with what writes that tensor, and reads what
 # has been written.
@@ -35,7 +46,16 @@ KEEPS_ORDER: bool = torch.__version__ >= (2, 13)  # pyright: ignore[reportOperat
 
 
 _NEEDED = {
+    "torch._C": (
+        "TensorBase",
+        "_VariableFunctions",
+        "_len_torch_dispatch_stack",
+        "_len_torch_function_stack",
+        "_get_function_stack_at",
+    ),
     "torch._C._dynamo.guards": ("GlobalStateGuard", "TensorGuards"),
+    "torch._C._functorch": ("peek_interpreter_stack",),
+    "torch._dynamo.convert_frame": ("compile_lock",),
     "torch._functorch.config": ("patch",),
     "torch._guards": ("TracingContext", "tracing"),
     "torch._inductor.async_compile": ("AsyncCompile",),
@@ -47,6 +67,7 @@ _NEEDED = {
     "torch._inductor.virtualized": ("V",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
     "torch.fx.experimental.symbolic_shapes": ("ShapeEnv",),
+    "torch.utils._device": ("DeviceContext",),
     "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
 }
 
@@ -71,8 +92,10 @@ def available() -> bool:
 
 def is_pure(target: Any) -> bool:
     """Whether a graph's target is an operator whose result is a function of its arguments."""
-    if not isinstance(target, OpOverload) or target._schema.is_mutable:  # pyright: ignore[reportPrivateUsage]
+    if not isinstance(target, OpOverload):
         return False
+    if target._schema.is_mutable or not target._schema.returns:  # pyright: ignore[reportPrivateUsage]
+        return False  # what gives nothing, such as an assertion, is called for what it does
     return not {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}.intersection(target.tags)
 
 
@@ -207,6 +230,13 @@ def prepare_model(graph: torch.fx.Graph) -> None:
         joint_graph_passes(torch.fx.GraphModule({}, graph))
 
 
+def compiling() -> Any:
+    """The lock under which torch compiles."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
 def no_modes() -> Any:
     """A context in which calls are what they are, whoever traces outside of it."""
     from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
@@ -214,8 +244,91 @@ def no_modes() -> Any:
     return _disable_current_modes()
 
 
+# Methods of tensors and functions of torch that look at more than numbers and kinds, or change more than numbers.
+_NO_OPERATORS = {
+    *(
+        "_is_view",
+        "_version",
+        "apply_",
+        "as_subclass",
+        "const_data_ptr",
+        "data",
+        "data_ptr",
+        "from_file",
+        "from_numpy",
+        "frombuffer",
+    ),
+    *("_from_blob", "is_leaf", "is_pinned", "is_set_to", "is_shared", "map2_", "map_", "names", "new", "numpy", "output_nr"),
+    *("pin_memory", "record_stream", "rename", "rename_", "requires_grad_", "resize_", "resize_as_", "retain_grad", "set_"),
+    *("set_data", "storage_offset", "tolist", "type", "untyped_storage", "_view_func", "_view_func_unsafe", "_use_count"),
+    *("_rev_view_func_unsafe", "_fix_weakref", "align_to", "align_as", "refine_names", "_reduce_ex_internal"),
+}
+_METHODS_IN_PYTHON = (
+    *("__abs__", "__floordiv__", "__ipow__", "__iter__", "__itruediv__", "__len__", "__neg__", "__pos__", "__pow__", "__rdiv__"),
+    *("__reversed__", "__rfloordiv__", "__rlshift__", "__rmatmul__", "__rmod__", "__rpow__", "__rrshift__", "__rsub__"),
+    *("__rtruediv__", "detach", "istft", "lu", "norm", "split", "stft", "unflatten"),
+)
+_KINDS = (
+    *("shape", "dtype", "layout", "device", "ndim", "nbytes", "itemsize", "T", "H", "mT", "mH", "real", "imag"),
+    *("is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested"),
+)
+
+
+@functools.cache
+def _operators() -> frozenset[Any]:
+    from torch._C import TensorBase, _fft, _linalg, _nn, _special, _VariableFunctions  # pyright: ignore
+
+    kinds = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+    owners: tuple[Any, ...] = (TensorBase, _fft, _linalg, _nn, _special, _VariableFunctions)
+    found = [f for of in owners for name in dir(of) if name not in _NO_OPERATORS and isinstance(f := getattr(of, name), kinds)]
+    own = [f for f in found if getattr(f, "__objclass__", TensorBase) is TensorBase]  # not what every Python object has
+    methods = [getattr(Tensor, name) for name in _METHODS_IN_PYTHON if hasattr(Tensor, name)]
+    return frozenset([*own, *methods, torch.autograd.grad])
+
+
+def is_operator(f: Any) -> bool:
+    """Whether a function of torch does nothing that its calls of operators, which a trace writes down, do not show."""
+    names = getattr(f, "__globals__", None)
+    if names is not None and any(names is vars(module) for module in (torch.functional, torch.nn.functional)):
+        return True
+    return f in _operators()
+
+
+def is_read_off_kind(f: Any) -> bool:
+    """Whether a function is the getter of an attribute that is part of a tensor's kind, which is guarded, or a view."""
+    of = getattr(f, "__self__", None)
+    return getattr(f, "__name__", "") == "__get__" and any(of is vars(torch._C.TensorBase).get(name) for name in _KINDS)  # pyright: ignore
+
+
+def is_requires_grad(f: Any) -> bool:
+    """Whether a function is the getter of ``requires_grad``."""
+    of = getattr(f, "__self__", None)
+    return getattr(f, "__name__", "") == "__get__" and of is vars(torch._C.TensorBase)["requires_grad"]  # pyright: ignore
+
+
+def function_modes() -> tuple[Any, ...] | None:
+    """What of the calling thread's modes changes what a call of torch gives: default devices; None if there is any other."""
+    if torch._C._len_torch_dispatch_stack():  # pyright: ignore
+        return None
+    count: int = torch._C._len_torch_function_stack()  # pyright: ignore
+    if not count:
+        return ()
+    from torch.utils._device import DeviceContext
+
+    modes: list[Any] = [torch._C._get_function_stack_at(i) for i in range(count)]  # pyright: ignore
+    return tuple(mode.device for mode in modes) if all(type(mode) is DeviceContext for mode in modes) else None
+
+
+def is_transformed() -> bool:
+    """Whether the call is made under a transform of torch.func, such as vmap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
 class Guards:
-    """Whether tensors have the types, dtypes, devices, shapes and strides of the first ones, and torch the same global state."""
+    """Whether tensors have the types, dtypes, devices, shapes and strides of the first ones, and torch the same global state.
+
+    No tensor may occur twice.
+    """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
@@ -225,7 +338,10 @@ class Guards:
         self.count = len(tensors)
         self.tensors = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self.state = GlobalStateGuard()
+        self.modes = function_modes()
 
     def fit(self, tensors: list[Tensor]) -> bool:
         """Whether these are such tensors."""
-        return len(tensors) == self.count and self.state.check() and self.tensors.check(*tensors)
+        if len(tensors) != self.count or not self.state.check() or function_modes() != self.modes:
+            return False
+        return self.tensors.check(*tensors)

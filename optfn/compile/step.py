@@ -3,7 +3,9 @@
 import functools
 import inspect
 import itertools
-import logging
+import threading
+import types
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,18 +17,20 @@ from torch.fx import Graph, Node
 from optfn import tree
 from optfn.compile import backend as backend_of_regions
 from optfn.compile import internals, rows
-from optfn.compile.closure import Bindings, bindings
+from optfn.compile.closure import Bindings, bindings, same_number
 from optfn.compile.donation import Memory, check_memory, donated_arguments, replacements
 from optfn.compile.donation import copy as copied
 from optfn.compile.phases import model_of
 from optfn.compile.regions import Program, split
-from optfn.compile.trace import trace
+from optfn.compile.structure import Structure, UnknownContainerError
+from optfn.compile.trace import NotTraceableError, trace
 
 __all__ = ["compile"]
 
-_log = logging.getLogger(__name__)
 _count = itertools.count()
 _WAYS = 64  # to call one step, that are remembered
+_REBINDINGS = 4  # of what a step closes over, for each of which it is compiled
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def compile(
@@ -84,38 +88,69 @@ def compile(
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if donated and (torch.compiler.is_compiling() or internals.is_transformed()):
+            raise RuntimeError(_INSIDE)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not donated):
             call = None if calls is None else calls.find(args, kwargs)
             if call is not None and call[0].program is not None:
                 return call[0].run(call[1])
             bound = signature.bind(*args, **kwargs)
-            if call is None:
-                if donated:
-                    check_memory(bound.arguments, {name for _, name in donated})
-                if rows.holds_sparse(bound.arguments):
-                    return _on_rows(fn, donated, bound)
-                call = None if calls is None else calls.add(args, kwargs)
+            if call is None and donated:
+                check_memory(bound.arguments, {name for _, name in donated})
+                if internals.function_modes() is None or any(map(_has_no_memory, tree.leaves(bound.arguments))):
+                    return _eagerly(fn, donated, bound)
+            if any(map(_has_bits, leaves := tree.leaves((args, kwargs)))):
+                return _without_bits(run, (args, kwargs))
+            if call is None and calls is not None:
+                call = calls.add(args, kwargs)
                 if call is not None and call[0].program is not None:
                     return call[0].run(call[1])
-            return by_dynamo(bound)
+            return by_dynamo(bound, leaves)
 
     run._calls = calls  # type: ignore[attr-defined]
     return run
 
 
-def _on_rows(fn: Callable[..., Any], donated: list[tuple[int, str]], bound: inspect.BoundArguments) -> Any:
-    """The step by itself, where an argument is sparse."""
-    if not donated:
-        return fn(*bound.args, **bound.kwargs)
+_INSIDE = (
+    "a step that donates was called inside of another compiled step, or under a transform of torch.func such as vmap or grad, "
+    "where nothing can be overwritten: call the function that it was made of, step.__wrapped__, and donate in the outermost step"
+)
+
+
+def _eagerly(fn: Callable[..., Any], donated: list[tuple[int, str]], bound: inspect.BoundArguments) -> Any:
+    """The step by itself: with sparse or meta tensors, or under a mode that looks at each call, or changes it."""
     given = [(name, bound.arguments[name]) for _, name in donated if name in bound.arguments]
     held = tree.leaves([x for _, x in given])
     return rows.step_on_rows(fn, bound.args, bound.kwargs, held, lambda leaves, spec: replacements(leaves, spec, given))
 
 
+def _has_no_memory(x: Any) -> bool:
+    """Whether a tensor is no block of numbers, which compiled code wants."""
+    return isinstance(x, Tensor) and (x.layout == torch.sparse_coo or x.is_meta)
+
+
+def _has_bits(x: Any) -> bool:
+    """Whether a tensor is the negative or the conjugate of what lies in its memory."""
+    return isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj())
+
+
+def _without_bits(run: Callable[..., Any], given: tuple[Any, Any]) -> Any:
+    """A call with tensors whose memory holds their numbers: code that Inductor generates (torch 2.13) does not know better."""
+    leaves, spec = tree.flatten(given)
+    plain = {id(x): x.resolve_conj().resolve_neg() for x in leaves if _has_bits(x)}
+    args, kwargs = tree.unflatten(spec, [plain.get(id(x), x) for x in leaves])
+    results, structure = tree.flatten(run(*args, **kwargs))
+    originals = {id(plain[id(x)]): x for x in leaves if id(x) in plain}
+    for i, x in enumerate(results):
+        if id(x) in originals:
+            results[i] = originals[id(x)].copy_(x)
+    return tree.unflatten(structure, results)
+
+
 def _by_dynamo(
     fn: Callable[..., Any], donated: list[tuple[int, str]], backend: str | Callable[..., Any]
-) -> Callable[[inspect.BoundArguments], Any]:
-    """The step by torch.compile."""
+) -> Callable[[inspect.BoundArguments, list[Any]], Any]:
+    """The step by torch.compile, as a function of the arguments and their leaves."""
     in_graph = backend in ("eager", "aot_eager") or (backend is backend_of_regions.backend and internals.KEEPS_ORDER)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,17 +160,25 @@ def _by_dynamo(
         given = [(name, args[i] if i < len(args) else kwargs[name]) for i, name in donated if i < len(args) or name in kwargs]
         return _replace(result, given, in_graph)
 
-    # Dynamo keeps its graphs, their number and the sizes seen with the code object, which all closures share: each gets its own.
-    step.__code__ = step.__code__.replace(co_name=f"step_{next(_count)}")
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    @functools.cache
+    def compiled(special: tuple[str, ...]) -> Callable[..., Any]:
+        # Dynamo keeps its graphs, their number and the sizes seen with the code object, which closures share: each gets its own.
+        own = types.FunctionType(
+            step.__code__.replace(co_name=f"step_{next(_count)}"), step.__globals__, None, None, step.__closure__
+        )
+        return torch.compile(own, fullgraph=True, backend=backend)
 
-    def run(bound: inspect.BoundArguments) -> Any:
+    def run(bound: inspect.BoundArguments, leaves: list[Any]) -> Any:
         try:
-            result, late = compiled(bound.args, bound.kwargs)
-        except Exception:
+            # Dynamo takes -0.0 for 0.0 (torch 2.13).
+            special = tuple(repr(x) for x in leaves if isinstance(x, float) and not x)
+            result, late = compiled(special)(bound.args, bound.kwargs)
+        except Exception as error:
+            if _INSIDE in str(error):
+                raise RuntimeError(_INSIDE) from None
             # What is wrong with the arguments is said best by the function itself, on copies.
-            if (error := _error(step, bound)) is not None:
-                raise error from None
+            if (own := _error(step, bound)) is not None:
+                raise own from None
             raise
         for old, new in late:
             old.copy_(new)
@@ -186,75 +229,120 @@ class _Call:
 
     Attributes:
         program: what computes the step; None where that is left to Dynamo.
+        outside: the tensors that the step can find besides its arguments.
+        held: those that the program reads, and constants.
     """
 
     program: Program | None = None
 
-    def __init__(self, spec: Any, leaves: list[Any], donated: set[int]) -> None:
-        self.spec = spec
+    def __init__(self, structure: Structure, leaves: list[Any], spec: Any, donated: set[int]) -> None:
+        self.structure, self.spec = structure, spec
+        first: dict[int, int] = {}
+        self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and first.setdefault(id(x), i) == i]
+        self.again = [(i, first[id(x)]) for i, x in enumerate(leaves) if isinstance(x, Tensor) and first[id(x)] != i]
         self.constants = [(i, x) for i, x in enumerate(leaves) if not isinstance(x, Tensor)]
-        self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         tensors = [leaves[i] for i in self.places]
+        self.whole = len(tensors) == len(leaves)
         self.donated = [j for j, x in enumerate(tensors) if id(x) in donated]
-        self.guards = internals.Guards(tensors)
         self.kinds = [(x.shape, x.dtype) for x in tensors]
-        self.held: list[Tensor] = []  # tensors that the function finds outside of its arguments
+        self.bindings = Bindings()
+        self.outside: list[Tensor] = []
+        self.held: list[Tensor] = []
+        self.guards = internals.Guards(tensors)
         self.memory = Memory(tensors, self.donated)
 
     def tensors(self, given: Any) -> list[Tensor] | None:
-        """The tensors of a call's arguments, if it is made in this way."""
-        try:
-            # An eighth of the time that optree takes to find the structure, for which it sorts the keys of every dict.
-            leaves = self.spec.flatten_up_to(given)
-        except (TypeError, ValueError):
+        """The tensors of a call's arguments, each once, if the call is made in this way, but for what the step finds outside."""
+        leaves = self.structure.match(given)
+        if leaves is None:
             return None
-        if self.constants:
-            if any(type(leaves[i]) is not type(x) or leaves[i] != x for i, x in self.constants):
+        if not self.whole:
+            if any(leaves[i] is not x and not _equal(leaves[i], x) for i, x in self.constants):
+                return None
+            if any(leaves[i] is not leaves[j] for i, j in self.again):
                 return None
             leaves = [leaves[i] for i in self.places]
-        return leaves if self.guards.fit(leaves) else None
+        return leaves if self.guards.fit([*leaves, *self.outside]) else None
+
+    def holds(self) -> bool:
+        """Whether the step finds outside of its arguments what it found when it was traced, or is Dynamo's."""
+        return self.program is None or self.bindings.hold()
+
+    def apart(self, tensors: list[Tensor]) -> bool:
+        """Whether the donated tensors have memory of their own."""
+        return self.memory.apart([*tensors, *self.held] if self.held else tensors)
 
     def varies(self, other: "_Call") -> bool:
         """Whether another call has the same donated tensors, but sizes or constants that are not the same."""
         same = self.spec == other.spec and [self.kinds[j] for j in self.donated] == [other.kinds[j] for j in other.donated]
-        return same and (self.kinds != other.kinds or self.constants != other.constants)
+        return same and (self.kinds != other.kinds or list(map(repr, self.constants)) != list(map(repr, other.constants)))
 
-    def record(self, fn: Callable[..., Any], signature: inspect.Signature, names: list[str], leaves: list[Any]) -> None:
+    def record(
+        self, fn: Callable[..., Any], signature: inspect.Signature, names: list[str], leaves: list[Any], bindings: Bindings
+    ) -> None:
         """Trace and compile the step."""
-        structure: Any = None
+        result_structure: Any = None
         targets: dict[int, int] = {}
+        tensors = [leaves[i] for i in self.places]
 
         def flat(*inputs: Tensor) -> list[Any]:
-            nonlocal structure
+            nonlocal result_structure
             given = list(leaves)
             for i, x in zip(self.places, inputs, strict=True):
                 given[i] = x
-            args, kwargs = optree.tree_unflatten(self.spec, given)
-            results, structure = tree.flatten(fn(*args, **kwargs))
+            for i, j in self.again:
+                given[i] = given[j]
+            args, kwargs = self.structure.unflatten(given)
             arguments = signature.bind(*args, **kwargs).arguments
+            before = tree.flatten(arguments)
+            results, result_structure = tree.flatten(fn(*args, **kwargs))
+            _check_unchanged(before, tree.flatten(arguments))
+            if odd := [x for x in results if not (isinstance(x, Tensor) or type(x) in _CONSTANTS)]:
+                raise NotTraceableError(f"a {type(odd[0]).__name__} among the results is made anew at each call")
             number = {id(x): j for j, x in enumerate(inputs)}
-            found = replacements(results, structure, [(name, arguments[name]) for name in names if name in arguments])
+            found = replacements(results, result_structure, [(name, arguments[name]) for name in names if name in arguments])
             targets.update({i: number[id(x)] for i, x in found.items() if x is not None})
             return results
 
-        traced = trace(flat, [leaves[i] for i in self.places])
+        traced = trace(flat, tensors)
         if model_of(traced.graph):
             internals.prepare_model(traced.graph)
-        self.held = traced.constants
-        tensors = [leaves[i] for i in self.places]
-        self.memory = Memory([*tensors, *self.held], self.donated)
-        if not self.memory.apart([*tensors, *self.held]):
+        outside = list({id(x): x for x in bindings.tensors}.values())
+        if {*map(id, outside)} & {*map(id, tensors)}:
+            return  # the step can tell that they are one
+        if any(map(_has_bits, traced.constants)):
             return
+        memory = Memory([*tensors, *traced.constants], self.donated)
+        if not memory.apart([*tensors, *traced.constants]):
+            return
+        self.memory, self.held, self.outside, self.bindings = memory, traced.constants, outside, bindings
+        self.guards = internals.Guards([*tensors, *outside])
+        self.counted = [j for j in self.donated if not tensors[j].is_inference()]
         self.results = _write(traced.graph, targets)
-        self.structure = structure
+        self.result_structure = result_structure
         self.program = split(traced.graph, internals.compile_regions)
 
     def run(self, tensors: list[Tensor]) -> Any:
         assert self.program is not None
         found = self.program([*tensors, *self.held])
         # The kernels write to memory, of which autograd knows nothing.
-        torch.autograd.graph.increment_version([tensors[j] for j in self.donated])
-        return self.structure.unflatten([tensors[r] if isinstance(r, int) else found[r[0]] for r in self.results])
+        torch.autograd.graph.increment_version([tensors[j] for j in self.counted])
+        return self.result_structure.unflatten([tensors[r] if isinstance(r, int) else found[r[0]] for r in self.results])
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether a leaf is a tensor like any other, or a constant."""
+    return (type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided) or type(x) in _CONSTANTS
+
+
+def _equal(x: Any, constant: Any) -> bool:
+    """Whether a leaf that is no tensor cannot be told from what it was."""
+    return type(x) is type(constant) and (x == constant if isinstance(x, str | bytes) else same_number(x, constant))
+
+
+def _check_unchanged(before: tuple[list[Any], Any], after: tuple[list[Any], Any]) -> None:
+    if before[1] != after[1] or any(x is not y for x, y in zip(before[0], after[0], strict=True)):
+        raise NotTraceableError("the function changes a container that it is given")
 
 
 def _write(graph: Graph, targets: dict[int, int]) -> list[Any]:
@@ -304,40 +392,54 @@ class _Calls:
     def __init__(self, fn: Callable[..., Any], signature: inspect.Signature, names: list[str]) -> None:
         self.fn, self.signature, self.names = fn, signature, names
         self.calls: list[_Call] = []
-        self.bindings: Bindings | None = None
+        self.lock = threading.RLock()
 
     def find(self, args: Any, kwargs: Any) -> tuple[_Call, list[Tensor]] | None:
         """The way in which this call is made, and its tensors, if it is known and the donated tensors have memory of their own."""
-        for i, call in enumerate(self.calls):
-            tensors = call.tensors((args, kwargs))
-            if tensors is not None:
-                if self.bindings is not None and not self.bindings.hold():
-                    self.calls.clear()
-                    return None
-                if i:
-                    self.calls.insert(0, self.calls.pop(i))
-                return (call, tensors) if call.memory.apart([*tensors, *call.held] if call.held else tensors) else None
-        return None
+        with self.lock:
+            for i, call in enumerate(self.calls):
+                tensors = call.tensors((args, kwargs))
+                if tensors is not None and call.holds():
+                    if i:
+                        self.calls.insert(0, self.calls.pop(i))
+                    return (call, tensors) if call.apart(tensors) else None
+            return None
 
     def add(self, args: Any, kwargs: Any) -> tuple[_Call, list[Tensor]] | None:
+        """Learn a way to call the step; None if it is none that can be guarded here."""
         given: Any = (args, kwargs)
-        # None is a part of the structure: the tensors among the leaves are where they always are.
-        leaves, spec = optree.tree_flatten(given, namespace=tree.NAMESPACE)
-        tensors: Any = [x for x in leaves if isinstance(x, Tensor)]
-        plain = (torch.Tensor, torch.nn.Parameter)
-        known = all(isinstance(x, Tensor | int | float | complex | str | bytes) or inspect.isfunction(x) for x in leaves)
-        if not (tensors and known and all(type(x) in plain and x.layout == torch.strided and not x.is_meta for x in tensors)):
-            return None
         arguments = self.signature.bind(*args, **kwargs).arguments
         donated = {id(x) for name in self.names if name in arguments for x in tree.leaves(arguments[name])}
-        call = _Call(spec, leaves, donated)
-        self.bindings = bindings(self.fn)
-        # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
-        if self.bindings is not None and not any(call.varies(other) for other in self.calls):
+        with self.lock, internals.compiling():
+            leaves: list[Any] = []
             try:
-                call.record(self.fn, self.signature, self.names, leaves)
-            except Exception:  # Dynamo can do more, or says why not
-                _log.debug("%s is left to Dynamo", self.fn, exc_info=True)
-        call.memory.apart([*tensors, *call.held])
-        self.calls = [call, *self.calls][:_WAYS]
-        return call, tensors
+                structure = Structure(given, leaves)
+            except UnknownContainerError:
+                return None
+            if not (any(isinstance(x, Tensor) for x in leaves) and all(map(_is_plain, leaves))):
+                return None
+            call = _Call(structure, leaves, optree.tree_structure(given, namespace=tree.NAMESPACE), donated)
+            tensors = [leaves[i] for i in call.places]
+            known = bindings(self.fn, structure.classes)
+            # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
+            if known is not None and not any(call.varies(other) for other in self.calls) and not self._rebinds(given):
+                try:
+                    call.record(self.fn, self.signature, self.names, leaves, known)
+                except Exception:  # Dynamo can do more, or says why not
+                    internals.log.debug("%s is left to Dynamo", self.fn, exc_info=True)
+            call.apart(tensors)
+            self.calls = [call, *self.calls][:_WAYS]
+            return call, tensors
+
+    def _rebinds(self, given: Any) -> bool:
+        """Whether calls like this one have been traced too often, for other things that the step found outside of its arguments."""
+        alike = sum(call.program is not None and call.tensors(given) is not None for call in self.calls)
+        if alike < _REBINDINGS:
+            return False
+        warnings.warn(
+            f"{getattr(self.fn, '__qualname__', self.fn)!r} was compiled {alike} times for the same arguments, as something that "
+            "it closes over is bound anew between calls. Pass it as an argument, a number as a 0-dim tensor: it is compiled once. "
+            "From now on torch.compile guards it.",
+            stacklevel=5,
+        )
+        return True

@@ -12,12 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optfn.compile import internals
 from optfn.compile.failing import strict
+from optfn.compile.watch import NotTraceableError, Watch
 
 __all__ = ["NotTraceableError", "Traced", "trace"]
-
-
-class NotTraceableError(Exception):
-    """What a function does cannot be written down as a graph of pure calls on tensors; the message says why."""
 
 
 class Traced(NamedTuple):
@@ -44,15 +41,23 @@ def trace(fn: Callable[..., list[Any]], inputs: list[Tensor]) -> Traced:
         inputs: dense tensors; shapes, dtypes, strides and devices are read, no numbers.
 
     Raises:
-        NotTraceableError: ``fn`` changes an argument, reads a number out of a tensor, draws random numbers, or calls what is
-            no operator.
+        NotTraceableError: ``fn`` changes an argument, reads a number out of a tensor, draws random numbers, calls what is
+            no operator, or asks for what a traced tensor does not have.
     """
-    recorder = _Recorder()
+    recorder, watch = _Recorder(), Watch()
+
+    def watched(*traced: Tensor) -> list[Any]:
+        arguments = [watch.argument(x, given) for x, given in zip(traced, inputs, strict=True)]
+        with watch:
+            return fn(*arguments)
+
     fakes = [internals.fake_of(recorder.mode, x) for x in inputs]
     for i, fake in enumerate(fakes):
         recorder.own(recorder.graph.placeholder(f"input_{i}"), fake)
     with torch.no_grad(), recorder.mode, recorder:
-        results = torch.func.functionalize(fn)(*fakes)
+        results = torch.func.functionalize(watched)(*fakes)
+    if watch.refused:
+        raise NotTraceableError(watch.refused)
     node = recorder.graph.output(tuple(recorder.node(x) if isinstance(x, Tensor) else x for x in results))
     node.meta["val"] = results
     return Traced(recorder.graph, recorder.constants)

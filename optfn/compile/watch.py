@@ -1,0 +1,68 @@
+"""What a function asks of tensors while it is traced, besides what operators give."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from optfn.compile import internals
+
+__all__ = ["NotTraceableError", "Watch"]
+
+
+class NotTraceableError(Exception):
+    """What a function does cannot be written down as a graph of pure calls on tensors; the message says why."""
+
+
+class Watch(TorchFunctionMode):
+    """Refuses what a trace cannot stand for.
+
+    Traced tensors hold no numbers, no gradient, no attributes that somebody has set on a parameter, no memory. A function that
+    asks for one of these would get an answer that is wrong, or that was right only once. The kinds of tensors are guarded, so they
+    may be asked for; so may ``requires_grad`` of an argument, and whether it is a parameter.
+
+    A refusal is an exception, and is kept too: the function may catch it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: str | None = None
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.known: dict[Any, bool] = {}
+
+    def argument(self, traced: Tensor, given: Tensor) -> Tensor:
+        """The traced tensor that stands for a given one, to hand to the function."""
+        traced.__class__ = _Argument
+        traced._watch = self  # type: ignore[attr-defined]
+        traced._is_param = isinstance(given, torch.nn.Parameter)  # type: ignore[attr-defined]
+        self.given[id(traced)] = traced, given
+        return traced
+
+    def refuse(self, what: str) -> None:
+        """Say that the function cannot be traced."""
+        self.refused = self.refused or what
+        raise NotTraceableError(what)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allowed = self.known.get(func)
+        if allowed is None:
+            allowed = self.known[func] = internals.is_operator(func) or internals.is_read_off_kind(func)
+        if allowed:
+            return func(*args, **(kwargs or {}))
+        if internals.is_requires_grad(func) and id(args[0]) in self.given:
+            return self.given[id(args[0])][1].requires_grad
+        name = getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", func)
+        return self.refuse(f"{name} of a tensor is asked for")
+
+
+class _Argument(Tensor):
+    """A traced tensor that knows when it is asked for an attribute that tensors do not have."""
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # pyright: ignore[reportPrivateUsage]
+    _watch: Watch
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # torch looks for some of its own
+            raise AttributeError(name)
+        return self._watch.refuse(f"the attribute {name!r} of a tensor is asked for")
