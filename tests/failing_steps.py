@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad
+from torch.nn import functional
 
 import optfn
 
@@ -42,8 +42,8 @@ def trained(loss: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def predict(params: Any, x: Any) -> Tensor:
-    hidden = F.embedding(x["tokens"], params["table"]).sin()
-    return F.cross_entropy(hidden @ params["out"], x["targets"])
+    hidden = functional.embedding(x["tokens"], params["table"]).sin()
+    return functional.cross_entropy(hidden @ params["out"], x["targets"])
 
 
 def with_module(params: Any, x: Any) -> Tensor:
@@ -72,7 +72,11 @@ def cases() -> dict[str, Case]:
         "index_add": (beside_a_write(lambda b, i: b.index_add(0, i, b[:3])), p, [GOOD, *bad]),
         "index_copy": (beside_a_write(lambda b, i: b.index_copy(0, i, b[:3])), p, [GOOD, *bad]),
         "index_put": (beside_a_write(lambda b, i: b.index_put((i,), b[:3], accumulate=True)), p, [GOOD, HIGH]),
-        "a computed index": (beside_a_write(lambda b, x: b[x.cumsum(0)]), p, [torch.ones(ROWS).long() - 1, torch.ones(ROWS).long()]),
+        "a computed index": (
+            beside_a_write(lambda b, x: b[x.cumsum(0)]),
+            p,
+            [torch.zeros(ROWS).long(), torch.ones(ROWS).long()],
+        ),
         "inverse": (beside_a_write(lambda b, x: torch.linalg.inv(x)), q, [positive, torch.zeros_like(positive)]),
         "cholesky": (beside_a_write(lambda b, x: torch.linalg.cholesky(x)), q, [positive, -positive]),
         "solve": (beside_a_write(lambda b, x: torch.linalg.solve(x, b)), q, [positive, torch.zeros_like(positive)]),

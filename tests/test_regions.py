@@ -15,11 +15,11 @@ from typing import Any
 import failing_steps
 import pytest
 import torch
-import torch.nn.functional as F
 from interpreted import interpreted
 from steps import long_chain, step_of
 from torch import Tensor
 from torch.func import grad
+from torch.nn import functional
 
 import optfn
 from optfn.compile import internals, regions
@@ -76,7 +76,11 @@ UNARY: tuple[Callable[[Tensor], Tensor], ...] = (
     *(lambda x: torch.linalg.qr(square(x))[1].abs().sum(), lambda x: torch.linalg.eigh(square(x))[0]),
     *(lambda x: torch.linalg.slogdet(square(x))[1] * torch.linalg.slogdet(square(x))[0], lambda x: torch.linalg.svd(square(x))[1]),
     # What may fail.
-    *(lambda x: torch.linalg.inv(square(x)), lambda x: torch.linalg.cholesky(square(x)), lambda x: x.put(place(x) * 0, x.sum()[None])),
+    *(
+        lambda x: torch.linalg.inv(square(x)),
+        lambda x: torch.linalg.cholesky(square(x)),
+        lambda x: x.put(place(x) * 0, x.sum()[None]),
+    ),
     *map(rows, (lambda x: x[place(x)], lambda x: x.index_select(0, place(x)), lambda x: x.index_add(0, place(x), x[:1]))),
     lambda x: (x.tanh() * 8).long().div(place(x).sum() + 1, rounding_mode="floor").double(),
 )
@@ -131,13 +135,13 @@ def test_any_program_taken_apart_gives_the_same(seed: int) -> None:
 # Operators with several results, and those that may fail
 
 
-def convolved(p: Any, x: Any) -> Any:
+def convolved(p, x):
     """A train step: two convolutions, normalised and pooled, with clipping and AdamW."""
 
-    def loss(params: Any) -> Tensor:
-        hidden = F.conv2d(x["images"], params["first"], params["bias"])
-        hidden = torch.max_pool2d(F.batch_norm(hidden, None, None, training=True).relu(), 2)
-        return F.cross_entropy(F.conv2d(hidden, params["second"]).mean((2, 3)), x["targets"])
+    def loss(params):
+        hidden = functional.conv2d(x["images"], params["first"])
+        hidden = torch.max_pool2d(functional.batch_norm(hidden, None, None, training=True).relu(), 2)
+        return functional.cross_entropy(functional.conv2d(hidden, params["second"], params["bias"]).mean((2, 3)), x["targets"])
 
     tx = optfn.chain(optfn.clip_by_global_norm(1.0), optfn.adamw())
     updates, state = tx.update(grad(loss)(p["params"]), p["state"], p["params"])
@@ -145,7 +149,7 @@ def convolved(p: Any, x: Any) -> Any:
 
 
 def convolution() -> tuple[Any, Any]:
-    shapes = {"first": (4, 3, 3, 3), "bias": (4,), "second": (5, 4, 2, 2)}
+    shapes = {"first": (4, 3, 3, 3), "bias": (5,), "second": (5, 4, 2, 2)}
     params = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     x = {"images": torch.randn(2, 3, 10, 10, dtype=torch.float64), "targets": torch.tensor([4, 0])}
     return {"params": params, "state": optfn.chain(optfn.clip_by_global_norm(1.0), optfn.adamw()).init(params)}, x
@@ -167,7 +171,7 @@ SEVERAL: dict[str, Callable[[Any, Tensor], Any]] = {
     "var_mean": by_items(lambda g: torch.var_mean(g, -1), lambda p, v, m: v / m.norm()),
     "0-dim items": by_items(torch.var_mean, lambda p, v, m: p * m + v.sin() / (1 + p.norm())),
     "slogdet": by_items(torch.linalg.slogdet, lambda p, s, d: s * d),
-    "layer norm": by_items(lambda g: torch.native_layer_norm(g, (6,), None, None, 1e-5), lambda p, y, m, r: y / m.norm() + r.norm()),
+    "layer norm": by_items(lambda g: torch.native_layer_norm(g, (6,), None, None, 1e-5), lambda p, y, m, r: y / m.norm()),
     "batch norm": by_items(
         lambda g: torch.native_batch_norm(g, None, None, None, None, True, 0.1, 1e-5), lambda p, y, m, r: y / m.norm() + r.norm()
     ),
@@ -178,7 +182,8 @@ SEVERAL: dict[str, Callable[[Any, Tensor], Any]] = {
     "split": by_items(lambda g: g.sin().split(2), lambda p, *parts: torch.cat([part / part.norm() for part in parts])),
     "results that are donated": lambda p, g: torch.linalg.qr(p[0] @ g),
     "scalars in rows": lambda p, g: [
-        x * row.sum() for x, row in zip(p, torch.stack([p[0].sum(), g.sum(), p[1].sum(), g.amax()]).view(2, 2).unbind(1), strict=True)
+        x * row.sum()
+        for x, row in zip(p, torch.stack([p[0].sum(), g.sum(), p[1].sum(), g.amax()]).view(2, 2).unbind(1), strict=True)
     ],
 }
 
@@ -196,13 +201,12 @@ def test_what_one_operator_gives_stays_together(name: str) -> None:
 
 def test_a_train_step_with_convolutions() -> None:
     p, x = convolution()
-    with interpreted():
+    with interpreted() as graphs:
         compiled = optfn.compile(convolved, donate="p")
         for _ in range(3):
             expected = convolved(copies(p), x)
             same(compiled(p, x), expected)
-    program = compiled._calls.calls[0].program
-    assert program.regions <= 3  # the model, the scalars and the updates
+    assert len(graphs) == 3  # the model, the scalars and the updates
 
 
 @pytest.mark.codegen
@@ -218,7 +222,6 @@ def test_code_for_several_results() -> None:
     expected = step(copies(held), x)
     compiled = optfn.compile(step, donate="p")
     got = compiled(held, x)
-    assert compiled._calls.calls[0].program is not None
     for value, wanted in zip(optfn.tree.leaves(got), optfn.tree.leaves(expected), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
 
@@ -228,7 +231,7 @@ def test_after_an_error_arguments_are_as_they_were() -> None:
     """Generated code with two threads, in a process of its own: it would end by an exception in one of them."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(Path(__file__).with_name("failing_steps.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     found = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert done.returncode == 0, done.stderr[-2000:]
     assert found.keys() == failing_steps.cases().keys()
@@ -237,7 +240,7 @@ def test_after_an_error_arguments_are_as_they_were() -> None:
 
 CHECKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = {
     "masked_scatter": (lambda p, x: p.masked_scatter(p < 9, x), torch.zeros(4), torch.zeros(3)),
-    "assertion": (lambda p, x: (torch._assert_async(x.sum() > 0), p + x)[1], torch.ones(4), torch.zeros(4)),
+    "assertion": (lambda p, x: (torch._assert_async(x.sum() > 0, "no sum"), p + x)[1], torch.ones(4), torch.zeros(4)),
     "not used": (lambda p, x: (p[x], p + 1)[1], torch.tensor([3]), torch.tensor([4])),
     "index_fill": (lambda p, x: p.index_fill(0, x, 2.0), torch.tensor([-4]), torch.tensor([-5])),
     "take": (lambda p, x: p + p.take(x).sum(), torch.tensor([-4]), torch.tensor([4])),
@@ -255,7 +258,6 @@ def test_what_eager_calls_refuse_is_refused(name: str) -> None:
         p = torch.arange(4.0)
         expected = step(p.clone(), good)
         assert torch.equal(compiled(p, good), expected)
-        assert compiled._calls.calls[0].program is not None
         with pytest.raises((IndexError, RuntimeError)):
             step(expected.clone(), bad)
         with pytest.raises((IndexError, RuntimeError)):
@@ -270,15 +272,21 @@ def test_an_index_that_cannot_be_wrong_is_not_checked(find: str) -> None:
     def step(p: Tensor, g: Tensor) -> Tensor:
         if find == "pool":
             return p - grad(lambda g: (torch.max_pool2d(g[None], 2) * 2).sum())(g)
-        i = {"sort": lambda: g.argsort(-1), "argmax": lambda: g.argmax(-1)[:, None], "arange": lambda: torch.arange(36).view(6, 6) % 6}
+        i = {
+            "sort": lambda: g.argsort(-1),
+            "argmax": lambda: g.argmax(-1)[:, None],
+            "arange": lambda: torch.arange(36).view(6, 6) % 6,
+        }
         return p + g.gather(-1, i[find]())
 
     p, g = torch.randn(6, 6), torch.randn(6, 6)
     expected = step(p, g)
-    with interpreted() as graphs:
-        compiled = optfn.compile(step, donate="p")
-        assert torch.equal(compiled(p, g), expected)
-    assert compiled._calls.calls[0].program.calls == len(graphs) == 1
+    checks: list[Any] = []
+    with interpreted() as graphs, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions, "_in_order", lambda graph: checks.append(graph))
+        assert torch.equal(optfn.compile(step, donate="p")(p, g), expected)
+    assert len(graphs) == 1
+    assert not checks
 
 
 # How much is compiled and called

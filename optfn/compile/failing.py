@@ -100,6 +100,12 @@ _OF_ONE = {
     *(aten.index_copy.default, aten.index_reduce.default),
 }
 _OF_ROWS = {aten.embedding.default}
+_OF_TARGETS = {  # and where the scores are among the arguments, with the targets after them
+    aten.nll_loss_forward.default: 0,
+    aten.nll_loss_backward.default: 1,
+    aten.nll_loss2d_forward.default: 0,
+    aten.nll_loss2d_backward.default: 1,
+}
 # Decomposed, these would not fail where they do, or the other way round.
 _KEPT = {aten.masked_scatter.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor}
 _FINDS_PLACES = {  # the second result is where in a dimension the first one was found
@@ -138,8 +144,20 @@ def strict(decompositions: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[
 
         return run
 
+    def of_targets(decompose: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            scores, target, _, _, ignored = args[at : at + 5]
+            if target.device.type == "cpu":
+                skipped = target == ignored
+                classes = scores.shape[1] if scores.ndim > 1 else scores.shape[0]
+                target = torch.where(skipped, target, within(target.masked_fill(skipped, 0), 0, classes))
+            return decompose(*args[: at + 1], target, *args[at + 2 :])
+
+        return run
+
     found = {op: decompose for op, decompose in decompositions.items() if op not in _KEPT}
-    return found | {op: of_one(found[op]) for op in _OF_ONE if op in found}
+    found |= {op: of_one(found[op]) for op in _OF_ONE if op in found}
+    return found | {op: of_targets(found[op], at) for op, at in _OF_TARGETS.items()}
 
 
 def _indices(n: Node) -> list[tuple[Node, int, int]] | None:
