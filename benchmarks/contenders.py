@@ -21,6 +21,7 @@ RATE, BETAS, DECAY, MOMENTUM, AVERAGE = 1e-3, (0.9, 0.999), 0.1, 0.9, 0.99
 WARMUP, STEPS, FINAL = 4, 100_000, 1e-4
 
 FUSED, FOREACH, LOOP, OPT_STEP = "torch fused", "torch foreach", "torch for-loop", "torch.compile(opt.step)"
+DEFAULT = "torch default"
 TORCHOPT_IN_PLACE, TORCHOPT = "TorchOpt in place", "TorchOpt out of place"
 OPTAX_DONATED, OPTAX, HEAVYBALL = "Optax, jit, donated", "Optax, jit", "HeavyBall"
 EAGER, DONATED = "optfn eager", "optfn.compile, donated"
@@ -46,11 +47,11 @@ class Contender(Protocol):
 
 
 class Recipe(NamedTuple):
-    """What a step computes: AdamW or SGD with momentum; after clipping, if there is a norm; in the long form also with a decay of
-    matrices alone, a warm-up and a cosine, and an average of the parameters.
+    """What a step computes: AdamW, SGD with momentum, Muon or Adafactor; after clipping, if there is a norm; in the long form
+    also with a decay of matrices alone, a warm-up and a cosine, and an average of the parameters.
     """
 
-    rule: Literal["adamw", "sgd"] = "adamw"
+    rule: Literal["adamw", "sgd", "muon", "adafactor"] = "adamw"
     max_norm: float | None = None
     long: bool = False
 
@@ -168,6 +169,9 @@ def torch_optim(recipe: Recipe, params: Tree, grads: Tree, *, compiled: bool = F
     def make(leaves: Tree) -> torch.optim.Optimizer:
         if recipe.rule == "sgd":
             return torch.optim.SGD(leaves.values(), RATE, MOMENTUM, **how)
+        if recipe.rule in ("muon", "adafactor"):
+            make_rule = {"muon": torch.optim.Muon, "adafactor": torch.optim.Adafactor}[recipe.rule]
+            return make_rule(leaves.values(), RATE, weight_decay=DECAY)
         if compiled and recipe.long:  # a number that changes would be another graph in each step
             return torch.optim.AdamW(groups(recipe, leaves), torch.tensor(RATE), BETAS, weight_decay=DECAY, capturable=True, **how)
         return torch.optim.AdamW(groups(recipe, leaves), RATE, BETAS, weight_decay=DECAY, **how)
@@ -264,6 +268,8 @@ def chain(recipe: Recipe) -> optfn.GradientTransformation:
         links.append(optfn.clip_by_global_norm(recipe.max_norm, eps=1e-6))
     if recipe.rule == "sgd":
         links.append(optfn.sgd(RATE, MOMENTUM))
+    elif recipe.rule in ("muon", "adafactor"):
+        links.append({"muon": optfn.muon, "adafactor": optfn.adafactor}[recipe.rule](RATE, weight_decay=DECAY))
     elif recipe.long:
         schedule = optfn.warmup_cosine_decay_schedule(0.0, RATE, WARMUP, STEPS, FINAL)
         links += [optfn.adamw(schedule, BETAS, weight_decay=DECAY, mask=is_matrix), optfn.ema_params(AVERAGE)]
@@ -310,6 +316,7 @@ CONTENDERS: dict[str, Callable[[Recipe, Tree, Tree], Contender]] = {
     LOOP: lambda *a: torch_optim(*a, foreach=False),
     FOREACH: lambda *a: torch_optim(*a, foreach=True),
     FUSED: lambda *a: torch_optim(*a, fused=True),
+    DEFAULT: torch_optim,
     OPT_STEP: lambda *a: torch_optim(*a, foreach=True, compiled=True),
     TORCHOPT_IN_PLACE: lambda *a: torchopt(*a, in_place=True),
     TORCHOPT: lambda *a: torchopt(*a, in_place=False),

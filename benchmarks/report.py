@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contenders import DONATED, EAGER, FUSED, TORCHOPT
+from contenders import DEFAULT, DONATED, EAGER, FUSED, TORCHOPT
 from workloads import SPARSE_ADAM
 
 import optfn
@@ -68,6 +68,10 @@ BARS = (
     Bar("AdamW, 148 leaves: peak memory beyond the live trees ÷ largest leaf", "adamw-148", leaves_held, 1.0),
     Bar("AdamW, 92 M parameters: peak memory beyond the live trees ÷ largest leaf", "adamw-92m", leaves_held, 1.0),
     Bar("AdamW, 148 leaves: optfn eager ÷ TorchOpt out of place", "adamw-148", ratio(EAGER, TORCHOPT), 0.8),
+    Bar("Muon, 60 matrices of 60 shapes: step ÷ torch's default", "muon-60", ratio(DONATED, DEFAULT), 1.0),
+    Bar("Muon, 60 matrices of 60 shapes: cold compile, beyond the floor", "muon-60", over("cold"), 15.0, " s"),
+    Bar("Adafactor, ResNet-50: step ÷ torch's default", "adafactor-161", ratio(DONATED, DEFAULT), 1.0),
+    Bar("Adafactor, ResNet-50: cold compile, beyond the floor", "adafactor-161", over("cold"), 15.0, " s"),
     Bar("Sparse: donated step ÷ torch.optim.SparseAdam", "sparse", ratio(DONATED, SPARSE_ADAM), 1.1),
     *(
         bar

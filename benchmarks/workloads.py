@@ -64,6 +64,26 @@ def gpt(layers: int, width: int, vocabulary: int = 8192, context: int = 256) -> 
     return [(vocabulary, w), (context, w), *[*attention, *perceptron] * layers, (w,), (w,)]
 
 
+def matrices(count: int) -> list[tuple[int, ...]]:
+    """As many matrices, no two of one shape."""
+    return [(128 + 16 * (i % 8), 128 + 16 * (i // 8)) for i in range(count)]
+
+
+def resnet_50() -> list[tuple[int, ...]]:
+    """The shapes of ResNet-50: kernels of convolutions, weights and biases of batch norms, and the last layer."""
+    found: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inputs, 1, 1))
+            for kernel in convolutions:
+                found += [kernel, kernel[:1], kernel[:1]]
+            inputs = 4 * width
+    return [*found, (1000, 2048), (1000,)]
+
+
 def parameters(shapes: list[tuple[int, ...]], device: str) -> Tree:
     """Parameters, always the same."""
     generator = torch.Generator(device).manual_seed(0)
@@ -87,16 +107,18 @@ def tree(
     contenders: tuple[str, ...],
     probed: tuple[str, ...],
     *,
-    rule: Literal["adamw", "sgd"] = "adamw",
+    rule: Literal["adamw", "sgd", "muon", "adafactor"] = "adamw",
     clip: bool = False,
     long: bool = False,
     cached: bool = False,
+    reference: str = c.FUSED,
+    tolerance: float = 1e-6,
 ) -> Workload:
-    """A step on a tree of these shapes. ``cached``: it is too small to have anything to do with the speed of memory."""
+    """A step on a tree of these shapes. ``cached``: the speed of memory is not what limits it."""
     sizes = [math.prod(shape) for shape in shapes]
     # The gradients have about 0.76 times this norm, so that clipping acts where their factor is above 1.3.
     recipe = Recipe(rule, math.sqrt(sum(sizes)) if clip else None, long)
-    steps = {"adamw": "AdamW", "sgd": "SGD with momentum"}[rule]
+    steps = {"adamw": "AdamW", "sgd": "SGD with momentum", "muon": "Muon", "adafactor": "Adafactor"}[rule]
     about = ("clipping by global norm, " if clip else "") + steps
     if long:
         about += ", decay of matrices alone, warm-up and cosine, average of the parameters"
@@ -105,8 +127,9 @@ def tree(
         return c.CONTENDERS[name](recipe, parameters(shapes, device), gradients(shapes, device))
 
     moved = None if cached else 4 * sum(sizes) * recipe.streams
+    begin = partial(gradients, shapes)
     return Workload(
-        title, about, len(sizes), sum(sizes), 4 * max(sizes), moved, c.FUSED, contenders, probed, make, partial(gradients, shapes)
+        title, about, len(sizes), sum(sizes), 4 * max(sizes), moved, reference, contenders, probed, make, begin, tolerance
     )
 
 
@@ -220,9 +243,10 @@ def training(size: str) -> Workload:
     )
 
 
-ALL = tuple(c.CONTENDERS)
+ALL = tuple(name for name in c.CONTENDERS if name != c.DEFAULT)
 COMPILED = (c.OPT_STEP, c.OPTAX_DONATED, c.HEAVYBALL, c.DONATED, c.PLAIN, c.BACKEND)
 FEW = (c.FUSED, c.FOREACH, c.OPT_STEP, c.EAGER, c.DONATED)
+PLAIN_TORCH = (c.DEFAULT, c.EAGER, c.DONATED)
 TINY = [(32, 16), (16,), (16, 16)]
 
 
@@ -238,6 +262,25 @@ def on_cpu(*, small: bool = False) -> dict[str, Workload]:
         "clip-580": tree("Clipping and AdamW, 580 leaves", gpt_580, FEW, few, clip=True),
         "adamw-92m": tree("AdamW, 92 M parameters", gpt_big, FEW, (c.DONATED,)),
         "adamw-20": tree("AdamW, 20 small leaves", [(100, 50)] * (3 if small else 20), FEW, (c.DONATED,), cached=True),
+        "muon-60": tree(
+            "Muon, 60 matrices of 60 shapes",
+            [(16, 8), (8, 12)] if small else matrices(60),
+            PLAIN_TORCH,
+            (c.DONATED,),
+            rule="muon",
+            cached=True,
+            reference=c.DEFAULT,
+            tolerance=2e-5,
+        ),
+        "adafactor-161": tree(
+            "Adafactor, ResNet-50",
+            TINY if small else resnet_50(),
+            PLAIN_TORCH,
+            (c.DONATED,),
+            rule="adafactor",
+            cached=True,
+            reference=c.DEFAULT,
+        ),
         "sparse": embedding(1000, 8, 20) if small else embedding(1_000_000, 64, 4096),
         "train": training("tiny" if small else "small"),
     }

@@ -1,13 +1,53 @@
 """The checks of arguments, and their words. Numbers are checked when a pair is made; tensors only by their shape."""
 
+import difflib
+import functools
+import inspect
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from optfn.numerics import widened_scalar
 
-__all__ = ["is_zero", "number", "require", "rule_name", "scalar_or_schedule"]
+__all__ = [
+    "alias",
+    "check_factory",
+    "check_no_state",
+    "check_schedule",
+    "check_state",
+    "check_step",
+    "is_zero",
+    "not_its_state",
+    "number",
+    "refuse_torch",
+    "require",
+    "rule_name",
+    "scalar_or_schedule",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TO_INIT = "parameters go to init: tx = optfn.{alias}(lr=1e-3); state = tx.init(dict(model.named_parameters()))"
+_ELSEWHERE = {
+    **dict.fromkeys(("params", "parameters", "model"), _TO_INIT),
+    **dict.fromkeys(("foreach", "fused", "capturable"), "a step is made fast by optfn.compile(step, donate=...)"),
+    "differentiable": "every step is differentiable",
+    "max_iter": "it is an argument of the loop, optfn.minimize(fun, params, tx, max_steps=...)",
+    "max_eval": "it is an argument of the loop, optfn.minimize(fun, params, tx, max_evals=...)",
+}
+"""What to do for an argument that torch.optim or Optax has."""
+_RENAMED = {
+    **dict.fromkeys(("learning_rate", "step_size"), ("lr", "lr=...")),
+    **dict.fromkeys(("b1", "b2", "beta1", "beta2", "beta_1", "beta_2"), ("betas", "betas=(b1, b2)")),
+    "epsilon": ("eps", "eps=..."),
+    "decay": ("alpha", "alpha=..."),
+    "beta": ("momentum", "momentum=..."),
+}
+"""The arguments that have another name here: which, and what to write."""
 
 
 def number(
@@ -18,6 +58,7 @@ def number(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    finite: bool = False,
 ) -> Any:
     """Return ``value`` if it is a number within the bounds or a tensor of one element (made 0-dim, float64), else raise.
 
@@ -25,7 +66,7 @@ def number(
 
     Raises:
         TypeError: ``value`` is neither a number nor a tensor.
-        ValueError: out of bounds or NaN; or a tensor of more than one element.
+        ValueError: out of bounds, NaN, or infinite where it must be finite; or a tensor of more than one element.
 
     Example:
         >>> number("b1", 1.0, at_least=0, below=1)
@@ -38,7 +79,8 @@ def number(
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
         return widened_scalar(value if value.ndim == 0 else value.reshape(()))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+        advice = f": write {name}=float(...)" if isinstance(value, str) or hasattr(value, "__float__") else ""
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}{advice}")
     bounds = [
         (f">= {at_least}", at_least is None or value >= at_least),
         (f"> {above}", above is None or value > above),
@@ -48,11 +90,13 @@ def number(
     if value != value or not all(held for _, held in bounds):
         wanted = " and ".join(text for text, _ in bounds if not text.endswith("None")) or "a number"
         raise ValueError(f"{name} must be {wanted}, got {value}")
+    if finite and math.isinf(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     return value
 
 
 def scalar_or_schedule(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> Any:
-    """As :func:`number`, but a callable, a schedule, passes as it is.
+    """As :func:`number`, finite, but a callable, a schedule, passes as it is.
 
     Example:
         >>> scalar_or_schedule("lr", -1.0, at_least=0)
@@ -60,7 +104,32 @@ def scalar_or_schedule(name: str, value: Any, *, at_least: float | None = None, 
         ...
         ValueError: lr must be >= 0, got -1.0
     """
-    return value if callable(value) and not isinstance(value, Tensor) else number(name, value, at_least=at_least, above=above)
+    if callable(value) and not isinstance(value, Tensor):
+        check_schedule(name, value)
+        return value
+    return number(name, value, at_least=at_least, above=above, finite=True)
+
+
+def check_schedule(name: str, schedule: Callable[..., Any]) -> None:
+    """Raise a TypeError where a function cannot be called with a step alone, as a schedule is.
+
+    Example:
+        >>> check_schedule("lr", optfn.cosine_decay_schedule)
+        Traceback (most recent call last):
+        ...
+        TypeError: lr: a schedule is a function of the step alone, cosine_decay_schedule is not: call it if it makes one,
+        cosine_decay_schedule(...)
+    """
+    if torch.compiler.is_dynamo_compiling():  # which has no signatures
+        return
+    try:
+        inspect.signature(schedule).bind(0)
+    except ValueError:  # a function without a signature
+        return
+    except TypeError:
+        title = getattr(schedule, "__name__", type(schedule).__name__)
+        call = "" if title == "<lambda>" else f": call it if it makes one, {title}(...)"
+        raise TypeError(f"{name}: a schedule is a function of the step alone, {title} is not{call}") from None
 
 
 def is_zero(value: Any) -> bool:
@@ -98,3 +167,154 @@ def rule_name(function: Callable[..., Any]) -> str:
     """
     function = getattr(function, "begin", function)  # of an update that is lifted
     return function.__qualname__.split(".<locals>")[0].rsplit(".", 1)[-1]
+
+
+def alias(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, an alias, with words for the arguments that people bring from torch.optim and Optax.
+
+    Refused are parameters in the place of ``lr``, names that the alias does not have, and a number, or a tuple of another length,
+    where its default is a tuple.
+
+    Example:
+        >>> optfn.adam(learning_rate=0.1)
+        Traceback (most recent call last):
+        ...
+        TypeError: adam has no argument 'learning_rate': write lr=...; it has lr, betas, eps, weight_decay, amsgrad, maximize,
+        decoupled_weight_decay, mask
+        >>> optfn.adam(betas=0.9)
+        Traceback (most recent call last):
+        ...
+        TypeError: betas must be 2 numbers, as in betas=(0.9, 0.999), got 0.9
+    """
+    parameters = inspect.signature(function).parameters
+    names, title = tuple(parameters), function.__name__
+    tuples = tuple((i, name, p.default) for i, (name, p) in enumerate(parameters.items()) if isinstance(p.default, tuple))
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(_unknown(title, name, names))
+        _check_rate(title, args[0] if args else kwargs.get(names[0]))
+        for i, name, default in tuples:
+            value: Any = args[i] if i < len(args) else kwargs.get(name, default)
+            _check_length(name, value, default)
+        return function(*args, **kwargs)
+
+    return cast(Callable[P, R], run)
+
+
+def _unknown(title: str, name: str, names: tuple[str, ...]) -> str:
+    own, write = _RENAMED.get(name, ("", ""))
+    near = difflib.get_close_matches(name, names, 1, 0.7)
+    advice = _ELSEWHERE.get(name, "").format(alias=title) or (f"write {write}" if own in names else "")
+    advice = advice or (f"write {near[0]}=..." if near else "")
+    return f"{title} has no argument {name!r}{': ' + advice if advice else ''}; it has {', '.join(names)}"
+
+
+def _check_rate(title: str, lr: Any) -> None:
+    # Any function may be a schedule, but a module is a model.
+    if isinstance(lr, torch.nn.Module) or (hasattr(lr, "__iter__") and not isinstance(lr, str) and not hasattr(lr, "__float__")):
+        kind, advice = type(lr).__name__, _TO_INIT.format(alias=title)
+        raise TypeError(f"{title}: lr must be a number, a 0-dim tensor or a schedule, got {kind}; {advice}")
+    if callable(lr) and not isinstance(lr, Tensor):
+        check_schedule("lr", lr)
+
+
+def _check_length(name: str, value: Any, default: tuple[Any, ...]) -> None:
+    wanted = f"{name} must be {len(default)} numbers, as in {name}={default}, got {value}"
+    if not (isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim)):
+        raise TypeError(wanted)
+    if len(value) != len(default):
+        raise ValueError(wanted)
+
+
+def check_state(owner: str, state: Any, kind: type) -> None:
+    """Raise a TypeError that names ``owner`` where a state is not of the kind that its init makes.
+
+    Example:
+        >>> check_state("scale_by_adam", None, optfn.LeafwiseState)
+        Traceback (most recent call last):
+        ...
+        TypeError: scale_by_adam needs the state that its own init makes, LeafwiseState, got None: state = tx.init(params), then
+        tx.update(updates, state, params), in this order
+    """
+    if not isinstance(state, kind):
+        raise TypeError(not_its_state(owner, kind.__name__, state))
+
+
+def not_its_state(owner: str, wanted: str, state: Any) -> str:
+    """What to say of a state that is another transformation's, or none.
+
+    Example:
+        >>> not_its_state("chain", "a tuple of 2", ((),)).split(":")[0]
+        'chain needs the state that its own init makes, a tuple of 2, got a tuple of 1'
+    """
+    given = f"a tuple of {len(state)}" if type(state) is tuple else "None" if state is None else type(state).__name__
+    order = "state = tx.init(params), then tx.update(updates, state, params), in this order"
+    return f"{owner} needs the state that its own init makes, {wanted}, got {given}: {order}"
+
+
+def check_no_state(owner: str, state: Any) -> None:
+    """Raise a TypeError that names ``owner``, which keeps no state, where it is handed one.
+
+    Example:
+        >>> check_no_state("identity", optfn.trace(0.9).init(torch.ones(1)))
+        Traceback (most recent call last):
+        ...
+        TypeError: identity needs the state that its own init makes, (), got LeafwiseState: state = tx.init(params), then
+        tx.update(updates, state, params), in this order
+    """
+    if type(state) is not tuple or state:
+        raise TypeError(not_its_state(owner, "()", state))
+
+
+def refuse_torch(owner: str, factory: Any) -> None:
+    """Raise a TypeError where one of torch's optimizers, or its class, stands in the place of a transformation's function.
+
+    Example:
+        >>> refuse_torch("TorchOptimizer", torch.optim.AdamW)
+        Traceback (most recent call last):
+        ...
+        TypeError: TorchOptimizer takes what is of optfn, optfn.adamw perhaps, got AdamW of torch.optim
+    """
+    kind = factory if isinstance(factory, type) else type(factory)
+    if issubclass(kind, torch.optim.Optimizer):
+        name = kind.__name__
+        raise TypeError(f"{owner} takes what is of optfn, optfn.{name.lower()} perhaps, got {name} of torch.optim")
+
+
+def check_factory(owner: str, factory: Any) -> None:
+    """Raise a TypeError where a function that makes a transformation is wanted, and something else is given.
+
+    Example:
+        >>> check_factory("inject_hyperparams", optfn.adam(lr=0.1))
+        Traceback (most recent call last):
+        ...
+        TypeError: inject_hyperparams takes the function that makes a transformation, got the transformation that it made: write
+        inject_hyperparams(optfn.adam)(lr=1e-3)
+    """
+    refuse_torch(owner, factory)
+    if not callable(factory):
+        got = "the transformation that it made" if _is_pair(factory) else type(factory).__name__
+        raise TypeError(f"{owner} takes the function that makes a transformation, got {got}: write {owner}(optfn.adam)(lr=1e-3)")
+
+
+def check_step(fn: Any) -> None:
+    """Raise a TypeError where :func:`optfn.compile` is given something else than a function.
+
+    Example:
+        >>> check_step(optfn.adam())
+        Traceback (most recent call last):
+        ...
+        TypeError: compile takes a function, got a transformation: write the step as a function that calls tx.update and
+        optfn.apply_updates, and compile that
+    """
+    if not callable(fn):
+        got = "a transformation" if _is_pair(fn) else repr(fn)
+        step = "write the step as a function that calls tx.update and optfn.apply_updates, and compile that"
+        raise TypeError(f"compile takes a function, got {got}: {step}")
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, "init") and hasattr(x, "update")

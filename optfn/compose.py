@@ -1,13 +1,15 @@
 """Putting transformations together: one after the other, on some of the leaves, on each its own."""
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from optfn import tree
-from optfn.core import GradientTransformation, identity, is_elementwise, transformation
-from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
+from optfn.checks import check_state, not_its_state
+from optfn.core import GradientTransformation, check_transformation, identity, is_elementwise, transformation
+from optfn.leafwise import Leaves, Sweep, aligned, begin_of, lifted, stateless_with_tree_map
 
 __all__ = ["MaskedState", "PartitionState", "chain", "freeze", "masked", "maximize", "named_chain", "negate_if", "partition"]
 
@@ -31,7 +33,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         {'w': tensor([-0.1000, -0.0500])}
     """
     for tx in transformations:
-        _check_pair(tx, "chain")
+        check_transformation(tx, "chain")
     begins = [begin_of(tx) for tx in transformations]
     elementwise = all(map(is_elementwise, transformations))
 
@@ -39,12 +41,11 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         tree.checked(params, "params")
         return tuple(tx.init(params) for tx in transformations)
 
-    def check(state: tuple[Any, ...]) -> None:
-        if len(state) != len(transformations):
-            raise ValueError(f"chain of {len(transformations)} transformations got a state of {len(state)}: make it with this init")
+    def check(state: Any) -> None:
+        if type(state) is not tuple or len(state) != len(transformations):
+            raise TypeError(not_its_state("chain", f"a tuple of {len(transformations)}", state))
 
     def begin(leaves: Leaves, state: tuple[Any, ...]) -> Sweep:
-        check(state)
         links = [link(leaves, s) for link, s in zip(begins, state, strict=True)]
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
@@ -57,7 +58,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     if not transformations:
         return GradientTransformation(init, identity().update)
     if None not in begins:
-        return lifted(init, begin, elementwise=elementwise)
+        return lifted(init, begin, check=check, elementwise=elementwise)
 
     # Links that are lifted and follow each other run as one chain.
     runs: list[list[GradientTransformation]] = []
@@ -87,6 +88,7 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
         transformations: pairs ``(name, transformation)`` with distinct names.
 
     Raises:
+        TypeError: something else than such a pair.
         ValueError: a name appears twice.
 
     Example:
@@ -94,6 +96,12 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
         >>> optfn.tree.get(tx.init({"w": torch.zeros(2)}), "adam.slots.mu")
         {'w': tensor([0., 0.])}
     """
+    for pair in transformations:
+        given: Any = pair
+        if isinstance(given, Mapping):
+            raise TypeError("named_chain takes pairs, (name, transformation), got a dict: write named_chain(*steps.items())")
+        if not isinstance(given, tuple | list) or isinstance(given, GradientTransformation) or len(given) != 2:
+            raise TypeError(f"named_chain takes pairs, (name, transformation), got {type(given).__name__}")
     names = [name for name, _ in transformations]
     for name in names:
         if names.count(name) > 1:
@@ -103,7 +111,9 @@ def named_chain(*transformations: tuple[str, GradientTransformation]) -> Gradien
     def init(params: Any) -> dict[str, Any]:
         return dict(zip(names, inner.init(params), strict=True))
 
-    def update(updates: Any, state: dict[str, Any], params: Any = None, **extra: Any) -> tuple[Any, dict[str, Any]]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(state, dict) or state.keys() != {*names}:
+            raise TypeError(not_its_state("named_chain", f"a dict of {', '.join(map(repr, names))}", state))
         updates, new = inner.update(updates, tuple(state[name] for name in names), params, **extra)
         return updates, dict(zip(names, new, strict=True))
 
@@ -141,12 +151,14 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         >>> tx.update({"w": torch.ones(1, 2), "b": torch.ones(1)}, MaskedState(()))[0]
         {'w': tensor([[10., 10.]]), 'b': tensor([1.])}
     """
-    _check_pair(inner, "masked")
+    check_transformation(inner, "masked", "masked(tx, mask)")
 
     def init(params: Any) -> MaskedState:
         return MaskedState(inner.init(_only(True, _resolve(mask, params, "mask", bool), params)))
 
     def update(updates: Any, state: MaskedState, params: Any = None, **extra: Any) -> tuple[Any, MaskedState]:
+        check_state("masked", state, MaskedState)
+        updates = _like_params(updates, params)
         chosen = _resolve(mask, updates if params is None else params, "mask", bool)
         seen = None if params is None else _only(True, chosen, params)
         new, inner_state = inner.update(_only(True, chosen, updates), state.inner_state, seen, **extra)
@@ -183,8 +195,12 @@ def partition(transformations: Mapping[Hashable, GradientTransformation], labels
         >>> tx.update(params, tx.init(params), params)[0]
         {'head': tensor([-0.1000]), 'body': None}
     """
+    given: Any = transformations
+    if not isinstance(given, Mapping):
+        got = type(given).__name__
+        raise TypeError(f"partition takes a dict, label to transformation, and labels, got {got}: partition({{'a': tx}}, labels)")
     for tx in transformations.values():
-        _check_pair(tx, "partition")
+        check_transformation(tx, "partition")
 
     def init(params: Any) -> PartitionState:
         owners = _resolve(labels, params, "labels")
@@ -196,14 +212,14 @@ def partition(transformations: Mapping[Hashable, GradientTransformation], labels
         for label, path in used.items():
             if label is None or label not in transformations:
                 raise ValueError(f"partition: {path!r} has the label {label!r}, which is none of {known}")
-        for label in transformations:
+        for label in transformations if used else ():  # where there are no leaves there is nothing to give
             if label not in used:
-                raise ValueError(
-                    f"partition: no leaf has the label {label!r}; the labels are {', '.join(map(repr, used)) or 'none'}"
-                )
+                raise ValueError(f"partition: no leaf has the label {label!r}; the labels are {', '.join(map(repr, used))}")
         return PartitionState({label: tx.init(_only(label, owners, params)) for label, tx in transformations.items()})
 
     def update(updates: Any, state: PartitionState, params: Any = None, **extra: Any) -> tuple[Any, PartitionState]:
+        check_state("partition", state, PartitionState)
+        updates = _like_params(updates, params)
         owners = _resolve(labels, updates if params is None else params, "labels")
         parts: list[tuple[Hashable, Any]] = []
         states: dict[Hashable, Any] = {}
@@ -234,6 +250,7 @@ def freeze(mask: Mask = True) -> GradientTransformation:
         return ()
 
     def update(updates: Any, state: tuple[()], params: Any = None, **extra: Any) -> tuple[Any, tuple[()]]:
+        updates = _like_params(updates, params)
         return _only(False, _resolve(mask, updates if params is None else params, "mask", bool), updates), state
 
     return transformation(init, update, elementwise=True)
@@ -260,9 +277,10 @@ def negate_if(flag: bool) -> GradientTransformation:
     return stateless_with_tree_map(lambda g, p: -g, sparse="values") if flag else chain()
 
 
-def _check_pair(tx: Any, owner: str) -> None:
-    if not isinstance(tx, GradientTransformation):
-        raise TypeError(f"{owner} takes transformations, (init, update) pairs such as optfn.adam() gives, got {type(tx).__name__}")
+def _like_params(updates: Any, params: Any) -> Any:
+    """The updates in the structure of the parameters."""
+    leaves = aligned(updates, params)
+    return tree.unflatten(leaves.spec, leaves.grads)
 
 
 def _resolve(mask: Mask, like: Any, name: str, kind: type | None = None) -> Any:
@@ -270,20 +288,49 @@ def _resolve(mask: Mask, like: Any, name: str, kind: type | None = None) -> Any:
     leaves, spec = tree.flatten(like)
     if callable(mask):
         function: Callable[[str, Any], Any] = mask
-        entries = [None if x is None else function(path, x) for path, x in zip(tree.paths(like), leaves, strict=True)]
+        try:
+            entries = [None if x is None else function(path, x) for path, x in zip(tree.paths(like), leaves, strict=True)]
+        except TypeError as error:
+            if not _takes_two(function):
+                wanted = "is called for each leaf with its dotted path and the leaf, lambda path, p: ..."
+                optax = f"for one that takes the whole tree, as in Optax, give what it returns, f(params), as the {name}"
+                raise TypeError(f"{name}: the function {wanted}, and does not take these two; {optax}") from error
+            raise
     else:
-        entries = _broadcast(mask, like, name)
-        entries = [None if x is None else entry for entry, x in zip(entries, leaves, strict=True)]
+        entries = [None if x is None else entry for entry, x in zip(_broadcast(mask, like, name), leaves, strict=True)]
     for i, (entry, x) in enumerate(zip(entries, leaves, strict=True)):
         if kind is not None and x is not None and not isinstance(entry, kind):
-            raise TypeError(f"{name}: {tree.paths(like)[i]!r} must be a {kind.__name__}, got {type(entry).__name__}")
+            said = f"{name}: {tree.paths(like)[i]!r} must be a {kind.__name__}, got {type(entry).__name__}"
+            raise TypeError(said + _by_name(mask))
     return tree.unflatten(spec, entries)
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("path", None)
+    except TypeError:
+        return False
+    except ValueError:  # a function without a signature
+        pass
+    return True
 
 
 def _broadcast(prefix: Any, like: Any, name: str) -> list[Any]:
     entries, spec = tree.flatten(prefix)
-    below = tree.match(spec, like, "params", name)
+    try:
+        below = tree.match(spec, like, "params", name)
+    except ValueError:
+        wanted = f"{name} must have the structure of params, or be a prefix of it, or a function of the path and the leaf"
+        raise ValueError(f"{wanted}: {tree.differences(prefix, like, 'params', name)}{_by_name(prefix)}") from None
     return [entry for entry, part in zip(entries, below, strict=True) for _ in tree.flatten(part)[0]]
+
+
+def _by_name(mask: Mask) -> str:
+    """What to write for a mask that is the names of leaves."""
+    names = [mask] if isinstance(mask, str) else mask
+    if isinstance(names, list | tuple | set | frozenset) and names and all(isinstance(name, str) for name in names):
+        return f"; to choose leaves by name give lambda path, p: path in {sorted(names)}"
+    return ""
 
 
 def _only(label: Hashable, labels: Any, of: Any) -> Any:

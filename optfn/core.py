@@ -1,5 +1,6 @@
 """The pair that everything is: ``GradientTransformation``, and how its updates reach the parameters."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,8 +8,19 @@ import torch
 from torch import Tensor
 
 from optfn import tree
+from optfn.checks import check_no_state, refuse_torch
 
-__all__ = ["GradientTransformation", "apply_updates", "identity", "is_elementwise", "stateless", "transformation"]
+__all__ = [
+    "GradientTransformation",
+    "added",
+    "apply_updates",
+    "check_transformation",
+    "identity",
+    "is_elementwise",
+    "on_devices",
+    "stateless",
+    "transformation",
+]
 
 
 class GradientTransformation(NamedTuple):
@@ -69,9 +81,14 @@ def identity() -> GradientTransformation:
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        check_no_state("identity", state)
         return updates, state
 
-    update.begin = lambda leaves, state: (lambda i, g, p: g, lambda: state)  # type: ignore[attr-defined]  # optfn.leafwise.lifted
+    def begin(leaves: Any, state: Any) -> Any:
+        check_no_state("identity", state)
+        return (lambda i, g, p: g), (lambda: state)
+
+    update.begin = begin  # type: ignore[attr-defined]  # optfn.leafwise.lifted
     return transformation(lambda params: (), update, elementwise=True)
 
 
@@ -96,25 +113,73 @@ def stateless(f: Callable[[Any, Any], Any]) -> GradientTransformation:
     return transformation(lambda params: (), update)
 
 
+def check_transformation(tx: Any, owner: str, example: str = "") -> None:
+    """Raise a TypeError that names ``owner`` where it is handed something else than a transformation.
+
+    Example:
+        >>> check_transformation(optfn.adam, "chain")
+        Traceback (most recent call last):
+        ...
+        TypeError: chain takes transformations, (init, update) pairs such as optfn.adam() gives, got the function adam: call it if
+        it makes one, adam(...); a schedule goes into one, optfn.adam(lr=schedule)
+    """
+    if isinstance(tx, GradientTransformation):
+        return
+    refuse_torch(owner, tx)
+    got = type(tx).__name__
+    if callable(tx) and not isinstance(tx, type):
+        name = getattr(tx, "__name__", got)
+        got = f"the function {name}: call it if it makes one, {name}(...); a schedule goes into one, optfn.adam(lr=schedule)"
+    elif type(tx) in (list, tuple):
+        got = f"{got}: write optfn.chain(*transformations)"
+    elif example:
+        got = f"{got}: write {example}"
+    raise TypeError(f"{owner} takes transformations, (init, update) pairs such as optfn.adam() gives, got {got}")
+
+
 def apply_updates(params: Any, updates: Any) -> Any:
     """Add updates to parameters: ``p + u``, in the wider of the two dtypes, returned in the parameter's.
 
+    Where there are parameters, and every update is None, nothing changes, and a warning says so.
+
     Args:
         params: a tree of tensors.
-        updates: a tree of the same structure; None leaves the parameter as it is, a sparse COO tensor changes its rows.
+        updates: a tree of the same structure (a tuple may stand for a list, and a list for a tuple); None leaves the parameter as
+            it is, a sparse COO tensor changes its rows.
 
     Returns:
-        A new tree with the dtypes of ``params``; a parameter whose update is None is the same tensor.
+        A new tree with the structure and the dtypes of ``params``; a parameter whose update is None is the same tensor.
 
     Raises:
-        ValueError: structure or shape differs; names the leaf.
+        ValueError: structure, shape or device differs; names the leaf.
 
     Example:
         >>> apply_updates({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.tensor([1.0, -1.0]), "b": None})
         {'w': tensor([2., 0.]), 'b': tensor([1.])}
     """
-    found, spec = tree.checked(params, "params", empty=True)
-    changes = tree.match(spec, updates, "updates", "params")
+    new, idle = added(params, updates)
+    if idle and not torch.compiler.is_dynamo_compiling():  # which has no warnings
+        warnings.warn(_IDLE, stacklevel=2)
+    return new
+
+
+_IDLE = (
+    "apply_updates: every update is None, so no parameter changes. Was every gradient None? backward() gives a gradient to leaves "
+    "only: after params = optfn.apply_updates(params, updates) outside of torch.no_grad() the parameters are none any more. Make "
+    "the update under torch.no_grad() and call requires_grad_() on the new parameters, or take gradients by torch.func.grad."
+)
+
+
+def added(params: Any, updates: Any) -> tuple[Any, bool]:
+    """What :func:`apply_updates` returns, and whether there are parameters of which none has an update.
+
+    Example:
+        >>> added({"w": torch.ones(1)}, {"w": None})
+        ({'w': tensor([1.])}, True)
+    """
+    found, spec = tree.checked(params, "params")
+    advice = "; tx.update returns (updates, state), in this order, and None in updates leaves a parameter as it is"
+    changes = tree.match(spec, updates, "updates", "params", advice)
 
     def add(i: int, p: Tensor | None, u: Any) -> Tensor | None:
         if p is None or u is None:
@@ -127,4 +192,35 @@ def apply_updates(params: Any, updates: Any) -> Any:
         wide = torch.promote_types(p.dtype, u.dtype)
         return (p.to(wide) + u.to(wide)).to(p.dtype)
 
-    return tree.unflatten(spec, [add(i, p, u) for i, (p, u) in enumerate(zip(found, changes, strict=True))])
+    new: list[Tensor | None] = []
+    try:
+        for i, (p, u) in enumerate(zip(found, changes, strict=True)):
+            new.append(add(i, p, u))
+    except RuntimeError as error:
+        i = len(new)
+        on_devices(error, f"{tree.paths(params)[i]!r}", {"the parameter": found[i], "the update": changes[i]})
+        raise
+    idle = any(p is not None for p in found) and all(p is None or u is None for p, u in zip(found, changes, strict=True))
+    return tree.unflatten(spec, new), idle
+
+
+def on_devices(error: Exception, where: str, things: dict[str, Any]) -> None:
+    """Raise a ValueError from ``error``, one of torch, if things that belong together are on several devices.
+
+    Args:
+        error: what torch raised.
+        where: the leaf.
+        things: what it is made of, by name: trees of tensors.
+
+    Example:
+        >>> on_devices(RuntimeError(), "'w'", {"the parameter": torch.ones(1), "the update": torch.ones(1, device="meta")})
+        Traceback (most recent call last):
+        ...
+        ValueError: 'w': the parameter is on cpu, the update is on meta; all must be on one device: move a tree by
+        optfn.tree.map(lambda x: x.to(device), tree)
+    """
+    found = {name: sorted({str(x.device) for x in tree.leaves(part) if isinstance(x, Tensor)}) for name, part in things.items()}
+    if len({device for devices in found.values() for device in devices}) > 1:
+        said = ", ".join(f"{name} is on {' and '.join(devices)}" for name, devices in found.items() if devices)
+        move = "move a tree by optfn.tree.map(lambda x: x.to(device), tree)"
+        raise ValueError(f"{where}: {said}; all must be on one device: {move}") from error

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import require, rule_name
-from optfn.core import GradientTransformation, transformation
+from optfn.checks import check_no_state, check_state, not_its_state, require, rule_name
+from optfn.core import GradientTransformation, on_devices, transformation
 from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
 
-__all__ = ["LeafwiseState", "Leaves", "Sweep", "begin_of", "leafwise", "lifted", "stateless_with_tree_map"]
+__all__ = ["LeafwiseState", "Leaves", "Sweep", "aligned", "begin_of", "leafwise", "lifted", "stateless_with_tree_map"]
 
 Sparse = Literal["error", "dense", "values"]
 Complex = Literal["real", "error"]
@@ -39,23 +39,40 @@ Sweep = tuple[Each, Callable[[], Any]]
 
 
 def lifted(
-    init: Callable[[Any], Any], begin: Callable[[Leaves, Any], Sweep], *, elementwise: bool = False
+    init: Callable[[Any], Any],
+    begin: Callable[[Leaves, Any], Sweep],
+    *,
+    check: Callable[[Any], None] | None = None,
+    elementwise: bool = False,
 ) -> GradientTransformation:
     """A transformation that handles one leaf after the other, each by itself; ``update.begin`` is how.
 
     :func:`chain` takes each leaf through all of its links that are lifted before it takes the next one. So what a link
     hands to the next is there for one leaf at a time, and never a tree.
+
+    Args:
+        init: ``init(params) -> state``.
+        begin: ``begin(leaves, state)`` gives what happens to each leaf, and what gives the new state.
+        check: called with the state before anything else; raises if it is another transformation's.
+        elementwise: as in :func:`transformation`.
     """
 
+    def checked(leaves: Leaves, state: Any) -> Sweep:
+        if check is not None:
+            check(state)
+        return begin(leaves, state)
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        leaves = _aligned(updates, params)
+        if check is not None:
+            check(state)  # first: of arguments in another order it says so
+        leaves = aligned(updates, params)
         each, end = begin(leaves, state)
         pairs = enumerate(zip(leaves.grads, leaves.owners, strict=True))
         directions = [None if g is None else each(i, g, p) for i, (g, p) in pairs]
         return tree.unflatten(leaves.spec, directions), end()
 
     tx = transformation(init, update, elementwise=elementwise)
-    update.begin = begin  # type: ignore[attr-defined]
+    update.begin = checked  # type: ignore[attr-defined]
     return tx
 
 
@@ -115,7 +132,7 @@ def leafwise(
     Raises:
         TypeError: from ``init`` and ``update``: a leaf that is no floating-point tensor, a sparse or complex one where
             the rule takes none, missing params.
-        ValueError: another structure or another shape than the params' or the state's, or an empty tree.
+        ValueError: another structure or another shape than the params' or the state's, tensors of a leaf on several devices.
 
     Example:
         >>> class SignSlots(NamedTuple):
@@ -141,9 +158,13 @@ def leafwise(
 
     lift = _Lift(update, elementwise, needs_params, sparse, complex_)
 
+    def check(state: Any) -> None:
+        if not isinstance(state, LeafwiseState):
+            check_state(rule_name(update), state, LeafwiseState)
+
     def begin(leaves: Leaves, state: LeafwiseState) -> Sweep:
         lift.require_params(leaves)
-        slots = _by_leaf(leaves.spec, state.slots)
+        slots, spec = _by_leaf(leaves, state)
         present = [g is not None for g in leaves.grads]
         step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
         # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
@@ -156,12 +177,16 @@ def leafwise(
                 raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
             values, rebuild = lift.values(leaves, i, g, p, slot if elementwise else None)
             dtype = _real_dtype(values, p)
-            direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
+            try:
+                direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
+            except (AttributeError, RuntimeError, TypeError) as error:
+                _explain(error, update, leaves, i, slots[i])
+                raise
             return rebuild(direction) if rebuild else direction
 
-        return each, lambda: LeafwiseState(step, _by_field(leaves.spec, slots))
+        return each, lambda: LeafwiseState(step, _by_field(spec, slots))
 
-    return lifted(init_fn, begin, elementwise=elementwise)
+    return lifted(init_fn, begin, check=check, elementwise=elementwise)
 
 
 def stateless_with_tree_map(
@@ -196,18 +221,47 @@ def stateless_with_tree_map(
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
             values, rebuild = lift.values(leaves, i, g, p)
             dtype = _real_dtype(values, p)
-            direction = _narrowed(f(_widened(values, dtype), _widened(p, dtype)), values)
+            try:
+                direction = _narrowed(f(_widened(values, dtype), _widened(p, dtype)), values)
+            except RuntimeError as error:
+                _explain(error, f, leaves, i, ())
+                raise
             return rebuild(direction) if rebuild else direction
 
         return each, lambda: state
 
-    return lifted(lambda params: (), begin, elementwise=elementwise)
+    def check(state: Any) -> None:
+        if type(state) is not tuple or state:
+            check_no_state(rule_name(f), state)
+
+    return lifted(lambda params: (), begin, check=check, elementwise=elementwise)
 
 
-def _aligned(updates: Any, params: Any) -> Leaves:
-    grads, spec = tree.checked(updates, "updates", empty=True)
-    owners = [None] * len(grads) if params is None else tree.match(spec, params, "params", "updates")
+def aligned(updates: Any, params: Any) -> Leaves:
+    """The leaves of updates beside those of the parameters, whose structure is that of the result; of updates where none are given.
+
+    Raises:
+        TypeError: a leaf is neither a tensor nor None.
+        ValueError: the structures differ.
+
+    Example:
+        >>> aligned((torch.ones(1), None), [torch.zeros(1), torch.zeros(1)]).grads
+        [tensor([1.]), None]
+    """
+    if params is None:
+        grads, spec = tree.checked(updates, "updates")
+        return Leaves(updates, params, grads, [None] * len(grads), spec)
+    owners, spec = tree.checked(params, "params")
+    try:
+        grads = tree.match(spec, updates, "updates", "params", _ADVICE)
+    except ValueError:
+        tree.checked(updates, "updates")  # a module or a generator is said to be one
+        raise
+    tree.check_leaves(grads, spec, "updates")
     return Leaves(updates, params, grads, owners, spec)
+
+
+_ADVICE = "; updates are the gradients, not the loss, and None for a parameter that has none"
 
 
 def _where(rule: Rule, of: Any, i: int) -> str:
@@ -224,7 +278,8 @@ def _check_complex(x: Tensor, complex_: Complex, rule: Rule, of: Any, i: int) ->
 def _init_leaf(init: Callable[[Tensor], Any], p: Tensor, complex_: Complex, params: Any, i: int) -> Any:
     if not (p.is_floating_point() or p.is_complex()) or p.layout != torch.strided:
         kind = p.dtype if p.layout == torch.strided else p.layout
-        raise TypeError(f"{_where(init, params, i)} must be a dense floating-point or complex tensor, got {kind}")
+        advice = "" if p.is_floating_point() or p.is_complex() else ": no parameter has that; pass dict(module.named_parameters())"
+        raise TypeError(f"{_where(init, params, i)} must be a dense floating-point or complex tensor, got {kind}{advice}")
     _check_complex(p, complex_, init, params, i)
     real = as_real(p)
     try:
@@ -245,11 +300,21 @@ def _by_field(spec: Any, slots: list[Any]) -> Any:
     return kind(*(tree.unflatten(spec, c) if any(isinstance(x, Tensor) for x in c) else () for c in columns))
 
 
-def _by_leaf(spec: Any, slots: Any) -> list[Any]:
-    """The inverse of :func:`_by_field`."""
-    count = spec.num_leaves
-    columns = [[()] * count if isinstance(f, tuple) and len(f) == 0 else tree.match(spec, f, "the state", "updates") for f in slots]
-    return [type(slots)(*row) for row in zip(*columns, strict=True)] if columns else [slots] * count
+def _by_leaf(leaves: Leaves, state: LeafwiseState) -> tuple[list[Any], Any]:
+    """The inverse of :func:`_by_field`: slots of each leaf, and the structure of the trees that they were in."""
+    count, spec = leaves.spec.num_leaves, leaves.spec
+    columns: list[Any] = []
+    like = "updates" if leaves.params is None else "params"
+    for field in state.slots:
+        entries = [()] * count
+        if not (isinstance(field, tuple) and len(field) == 0):
+            entries, spec = tree.fit(leaves.spec, field, "the state", like, _ADVICE if leaves.params is None else "")
+        columns.append(entries)
+    if len(state.step) != count:
+        advice = _ADVICE if leaves.params is None else ": make it with tx.init(params)"
+        raise ValueError(f"the state is of {len(state.step)} leaves, {like} has {count}{advice}")
+    slots = [type(state.slots)(*row) for row in zip(*columns, strict=True)] if columns else [state.slots] * count
+    return slots, spec
 
 
 def _first_tensor(slots: Any) -> Tensor | None:
@@ -317,9 +382,25 @@ def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype
     """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
     wide = slots if _plain(slots, dtype) else slots._make([_widened(x, dtype) for x in slots])
     direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step)
+    if type(new) is not type(slots):
+        raise TypeError(_of_another(rule, slots))
     if wide is not slots or not _plain(new, dtype):
         new = new._make([_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
     return _narrowed(direction, g), new
+
+
+def _explain(error: Exception, rule: Rule, leaves: Leaves, i: int, slots: Any) -> None:
+    """Raise an error that says more, if it is known why a rule has raised this one."""
+    if isinstance(error, RuntimeError):
+        things = {"the update": leaves.grads[i], "the parameter": leaves.owners[i], "the state": slots}
+        on_devices(error, _where(rule, leaves.updates, i), things)
+    lacks = isinstance(error, TypeError) and "tuple" in str(error) and any(isinstance(x, tuple) for x in slots)  # a slot not kept
+    if lacks or (isinstance(error, AttributeError) and type(error.obj) is type(slots)):
+        raise TypeError(_of_another(rule, slots)) from error
+
+
+def _of_another(rule: Rule, slots: Any) -> str:
+    return not_its_state(rule_name(rule), "with the slots of its rule", slots)
 
 
 def _plain(slots: Any, dtype: torch.dtype) -> bool:

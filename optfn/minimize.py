@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.core import GradientTransformation, apply_updates
+from optfn.core import GradientTransformation, added, check_transformation
 from optfn.numerics import as_real
 
 __all__ = ["MinimizeResult", "minimize"]
@@ -86,6 +86,9 @@ def minimize(
         A :class:`MinimizeResult`: the last point, the transformation's state there, and the reason to stop.
 
     Raises:
+        RuntimeError: inside of a transform of :mod:`torch.func`, ``grad`` or ``vmap``: this can be neither differentiated nor
+            batched.
+        TypeError: ``fun`` is no function, ``params`` no tree of tensors, ``tx`` no transformation.
         ValueError: a limit or a tolerance is negative; the value is no 0-dim tensor.
 
     Example:
@@ -96,6 +99,15 @@ def minimize(
         >>> result.params, result.reason, result.evals
         (tensor([1.0000, 1.0000], dtype=torch.float64), 'change', 43)
     """
+    if not callable(fun):
+        raise TypeError(f"minimize takes a function first, minimize(fun, params, tx), got {type(fun).__name__}")
+    check_transformation(tx, "minimize", "minimize(fun, params, tx)")
+    tree.checked(params, "minimize: params")
+    if _in_transform():
+        raise RuntimeError(
+            "minimize cannot be differentiated or batched: its loop goes by the values of numbers. Call it outside of "
+            "torch.func.grad and vmap, once for each problem; or make a number of steps with tx.update, which can be both"
+        )
     steps_and_evals = {"max_steps": max_steps, "max_evals": max_evals}
     tolerances = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
     for name, limit in {**steps_and_evals, **tolerances}.items():
@@ -123,7 +135,7 @@ def minimize(
             extra: dict[str, Any] = {} if max_evals is None else {"max_evals": max_evals - evaluate.count}
             extra |= {"value": value, "grad": grads, "value_fn": evaluate.value, "value_and_grad_fn": evaluate}
             updates, new_state = tx.update(grads, state, params, **extra)
-            new_params = apply_updates(params, updates)
+            new_params = added(params, updates)[0]
             new_value, new_grads = evaluate.at(new_params)
             new_norm = _largest(new_grads, value)
             new_f, size, moved = _numbers(new_value, new_norm, _largest(updates, value))
@@ -134,6 +146,12 @@ def minimize(
             reason = reason_to_stop(steps, size, moved, abs(new_f - f))
             f = new_f
     return MinimizeResult(params, state, value, norm, steps, evaluate.count, reason)
+
+
+def _in_transform() -> bool:
+    """Whether this is called inside of a transform of torch.func, of which torch says nothing in public (2.13)."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return functorch.maybe_current_level() is not None
 
 
 class _Evaluations:

@@ -120,14 +120,17 @@ class _Structure:
         return [x for part, child in zip(self.parts, level[1], strict=True) for x in part.flatten_up_to(child)]
 
 
-def match(spec: Any, tree: Any, name: str, like: str) -> list[Any]:
+def match(spec: Any, tree: Any, name: str, like: str, advice: str = "") -> list[Any]:
     """Flatten ``tree`` to the structure ``spec``: what stands at each of its leaves, a subtree perhaps.
+
+    A tuple is taken for a list of its length, and a list for a tuple. A NamedTuple is neither.
 
     Args:
         spec: a structure as :func:`flatten` gives it.
         tree: the tree to take apart.
         name: what to call ``tree`` in an error.
         like: what to call the owner of ``spec``.
+        advice: the end of an error: what to do.
 
     Raises:
         ValueError: the structures differ; the message names the leaves that only one of them has.
@@ -138,18 +141,95 @@ def match(spec: Any, tree: Any, name: str, like: str) -> list[Any]:
         ...
         ValueError: updates must have the structure of params: 'w' is only in params, 'v' is only in updates
     """
+    return fit(spec, tree, name, like, advice)[0]
+
+
+def fit(spec: Any, tree: Any, name: str, like: str, advice: str = "") -> tuple[list[Any], Any]:
+    """As :func:`match`, and the structure ``spec`` with the lists and tuples that ``tree`` has, to put new leaves into.
+
+    Example:
+        >>> entries, own = fit(flatten([1.0, 2.0])[1], (3.0, 4.0), "updates", "params")
+        >>> entries, unflatten(own, entries)
+        ([3.0, 4.0], (3.0, 4.0))
+    """
     try:
-        return spec.flatten_up_to(tree)
+        return spec.flatten_up_to(tree), spec
     except (ValueError, TypeError):
         pass
-    wanted, given = paths(unflatten(spec, [None] * spec.num_leaves)), paths(tree)
-    # A subtree may stand where a leaf is wanted, so a path agrees with one that begins with it.
-    lacks = next((path for path in wanted if not any(_within(path, x) for x in given)), None)
-    extra = next((path for path in given if not any(_within(x, path) for x in wanted)), None)
-    differences = [f"{path!r} is only in {owner}" for path, owner in ((lacks, like), (extra, name)) if path is not None]
-    if not differences:
-        differences = [f"the paths agree, but the containers differ: {like} is {spec}, {name} is {flatten(tree)[1]}"]
-    raise ValueError(f"{name} must have the structure of {like}: {', '.join(differences)}")
+    pattern = unflatten(spec, [None] * spec.num_leaves)
+    try:
+        return spec.flatten_up_to(_recast(tree, pattern)), flatten(_recast(pattern, tree))[1]
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{name} must have the structure of {like}: {_mistake(pattern, tree, name, like)}{advice}")
+
+
+def _recast(tree: Any, like: Any) -> Any:
+    """``tree``, a list or a tuple in it being what it is in ``like``, where that has as many entries."""
+    level, wanted = _children(tree), _children(like)
+    if level is None or wanted is None or level[0] != wanted[0]:
+        return tree
+    parts = [_recast(x, y) for x, y in zip(level[1], wanted[1], strict=True)]
+    sequences = type(tree) in (list, tuple) and type(like) in (list, tuple)
+    return (wanted if sequences else level)[2](parts)
+
+
+def _mistake(wanted: Any, given: Any, name: str, like: str) -> str:
+    """How the structures of two trees differ, in words, and what was probably meant."""
+    ours, theirs = _children(given), _children(wanted)
+    if ours is None and theirs is not None:
+        what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else _kind(given)
+        return f"{name} is {what}, {like} is {_kind(wanted)} of {', '.join(repr(path) for path in paths(wanted)) or 'nothing'}"
+    if ours is not None and theirs is not None:
+        pattern = flatten(wanted)[1]
+        for key, part in zip(ours[0], ours[1], strict=True):
+            if _fits(pattern, part):
+                return f"{name} is {_kind(given)}; its part {key!r} has that structure: pass this part alone"
+        sequence = type(given) in (list, tuple) and len(ours[0]) == len(theirs[0]) and all(_children(x) is None for x in ours[1])
+        if sequence and type(wanted) in _DICTS and like.isidentifier():
+            return f"{name} is {_kind(given)}, {like} is {_kind(wanted)}: write dict(zip({like}, {name}))"
+    return differences(wanted, given, name, like)
+
+
+def differences(wanted: Any, given: Any, name: str, like: str) -> str:
+    """Where the structures of two trees differ; a subtree may stand where ``wanted`` has a leaf.
+
+    Example:
+        >>> differences({"w": 1.0}, {"v": 1.0}, "updates", "params")
+        "'w' is only in params, 'v' is only in updates"
+    """
+    paths_wanted, paths_given = paths(wanted), paths(given)
+    lacks = next((path for path in paths_wanted if not any(_within(path, x) for x in paths_given)), None)
+    extra = next((path for path in paths_given if not any(_within(x, path) for x in paths_wanted)), None)
+    said = [f"{path!r} is only in {owner}" for path, owner in ((lacks, like), (extra, name)) if path is not None]
+    return ", ".join(said) or _containers(wanted, given, name, like, "")
+
+
+def _containers(wanted: Any, given: Any, name: str, like: str, path: str) -> str:
+    """Where two trees with the same paths have another kind of container."""
+    ours, theirs = _children(given), _children(wanted)
+    if ours is None or theirs is None:
+        return ""
+    if ours[0] == theirs[0]:
+        below = zip(ours[0], theirs[1], ours[1], strict=True)
+        inside = (_containers(x, y, name, like, f"{path}.{key}" if path else key) for key, x, y in below)
+        if found := next(filter(None, inside), ""):
+            return found
+    where = f"at {path!r} " if path else ""
+    return "" if type(wanted) is type(given) else f"{where}{like} has {_kind(wanted)}, {name} has {_kind(given)}"
+
+
+def _kind(x: Any) -> str:
+    name = type(x).__name__
+    return "None" if x is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def _fits(spec: Any, tree: Any) -> bool:
+    try:
+        spec.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _within(outer: str, path: str) -> bool:
@@ -538,6 +618,9 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
         >>> from_flat_dict(to_flat_dict(state), like=tx.init({"w": torch.zeros(2)}))
         LeafwiseState(step=tensor([0]), slots=TraceSlots(trace={'w': tensor([0., 0.])}))
     """
+    given: Any = flat
+    if not isinstance(given, Mapping):
+        raise TypeError(f"from_flat_dict(flat, like): flat must be a dict, got {type(given).__name__}")
     found, spec = flatten(like)
     named = dict(zip(paths(like), found, strict=True))
     missing = [path for path, x in named.items() if x is not None and path not in flat]
@@ -574,23 +657,44 @@ def new_count(params: Any) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=next((p.device for p in leaves(params)), None))
 
 
-def checked(tree: Any, name: str, *, empty: bool = False) -> tuple[list[Any], Any]:
-    """:func:`flatten`, and an error for what is no tree of tensors: a module, a generator, an empty tree, another leaf.
+def checked(tree: Any, name: str) -> tuple[list[Any], Any]:
+    """:func:`flatten`, and an error for what is no tree of tensors: a module, a generator, another leaf.
 
     Raises:
         TypeError: a leaf is neither a tensor nor None; a generator or a module stands in place of a tree.
-        ValueError: the tree has no leaves and ``empty`` is False.
+
+    Example:
+        >>> checked({"w": 1.0}, "params")
+        Traceback (most recent call last):
+        ...
+        TypeError: params at 'w' must be a tensor or None, got float
     """
     found, spec = flatten(tree)
+    try:
+        check_leaves(found, spec, name)
+    except TypeError as error:
+        first: Any = tree[0] if isinstance(tree, list | tuple) and len(tree) else None
+        if isinstance(first, dict) and "params" in first:
+            groups = "these are groups of torch.optim: pass one tree, and choose leaves by optfn.partition or by masks"
+            raise TypeError(f"{error}; {groups}") from None
+        if isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], str):
+            raise TypeError(f"{error}; these are pairs: pass dict(...) of them") from None
+        raise
+    return found, spec
+
+
+def check_leaves(found: list[Any], spec: Any, name: str) -> None:
+    """Raise a TypeError if one of the leaves of a tree of structure ``spec`` is neither a tensor nor None, as :func:`checked`.
+
+    Example:
+        >>> check_leaves([torch.ones(1), None], flatten([0, 0])[1], "params")
+    """
     for i, x in enumerate(found):
         if x is None or isinstance(x, Tensor):
             continue
-        where = f"{name} at {paths(tree)[i]!r}" if not spec.is_leaf() else name
+        where = name if spec.is_leaf() else f"{name} at {paths(unflatten(spec, [None] * len(found)))[i]!r}"
         if isinstance(x, torch.nn.Module):
             raise TypeError(f"{where} is a module: pass a tree of tensors, dict(module.named_parameters())")
         if inspect.isgenerator(x) or hasattr(x, "__next__"):
             raise TypeError(f"{where} is a generator: pass a tree of tensors, dict(module.named_parameters()) or list(...)")
         raise TypeError(f"{where} must be a tensor or None, got {type(x).__name__}")
-    if not found and not empty:
-        raise ValueError("optimizer got an empty parameter tree")
-    return found, spec

@@ -316,7 +316,7 @@ ERRORS = [
     (lambda: optfn.scale_by_relative_step(-0.1), "lr must be >= 0, got -0.1"),
     (lambda: optfn.adafactor(weight_decay=-0.1), "weight_decay must be >= 0, got -0.1"),
     (
-        lambda: optfn.muon(ns_coefficients=(1.0, 2.0)),
+        lambda: optfn.scale_by_muon((1.0, 2.0)),
         r"ns_coeffs must be 3 numbers and ns_steps >= 0 and < 100, got \(1.0, 2.0\) and 5",
     ),
     (lambda: optfn.muon(ns_steps=100), "ns_coeffs must be 3 numbers and ns_steps >= 0 and < 100, got .* and 100"),

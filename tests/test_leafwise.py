@@ -35,8 +35,8 @@ with warnings.catch_warnings(action="ignore"):
 BAD_GRADS = {
     "missing leaf": ("a.b", ..., ValueError, "'a.b' is only in"),
     "leaf too many": ("a.x", torch.ones(1), ValueError, "'a.x' is only in updates"),
-    "another name": ("a", {"w": torch.ones(2, 3), "v": torch.ones(3)}, ValueError, "'a.v' is only in updates, 'a.b' is only in"),
-    "another container": ("a", [torch.ones(3), torch.ones(2, 3)], ValueError, "'a.0' is only in updates, 'a.b' is only in"),
+    "another name": ("a", {"w": torch.ones(2, 3), "v": torch.ones(3)}, ValueError, "'a.v' is only in updates"),
+    "another container": ("a", [torch.ones(3), torch.ones(2, 3)], ValueError, "'a.0' is only in updates"),
     "another shape": ("a.w", torch.ones(3, 2), ValueError, r"'a.w' must have an update like .* \(2, 3\), got .* \(3, 2\)"),
     "one that would broadcast": ("a.w", torch.ones(3), ValueError, r"'a.w' must have an update like .* \(2, 3\), got .* \(3,\)"),
     "0-dim": ("a.b", torch.ones(()), ValueError, r"'a.b' must have an update like .* \(3,\), got .* \(\)"),
@@ -108,7 +108,7 @@ def test_a_state_of_other_parameters(rule):
 def test_params_of_another_structure():
     tx = optfn.scale_by_adam()
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"params must have the structure of updates: 'a.b' is only in updates"):
+    with pytest.raises(ValueError, match=r"updates must have the structure of params: 'a.b' is only in updates"):
         tx.update(GRADS, state, with_(PARAMS, "a.b", ...))
     with pytest.raises(ValueError, match=r"'a.b' is only in"):
         tx.update(with_(GRADS, "a.b", ...), state, with_(PARAMS, "a.b", ...))
@@ -117,9 +117,6 @@ def test_params_of_another_structure():
 @pytest.mark.parametrize(
     ("params", "kind", "message"),
     [
-        ({}, ValueError, "^optimizer got an empty parameter tree$"),
-        ([], ValueError, "^optimizer got an empty parameter tree$"),
-        ({"a": {}, "b": ()}, ValueError, "^optimizer got an empty parameter tree$"),
         ({"a": {"b": torch.ones(2, dtype=torch.int32)}}, TypeError, "'a.b' must be a dense floating-point .* got torch.int32"),
         ({"a": {"b": SPARSE}}, TypeError, "'a.b' must be a dense floating-point .* got torch.sparse_coo"),
         ({"a": [torch.ones(1), 2.0]}, TypeError, "params at 'a.1' must be a tensor or None, got float"),
@@ -419,3 +416,150 @@ def test_float16_parameters_want_a_wide_second_moment() -> None:
     assert direction.item() == pytest.approx(1.0, rel=1e-3)
     _, state = narrow.update(g, narrow.init(p))
     assert optfn.tree.get(state, "nu").item() == 0
+
+
+class Two(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+SEQUENCES = {
+    "adamw": optfn.adamw(lr=0.1),
+    "lbfgs": optfn.lbfgs(lr=0.1),
+    "adafactor": optfn.adafactor(lr=0.1),
+    "clipped, scheduled": optfn.chain(optfn.clip_by_global_norm(0.5), optfn.sgd(optfn.linear_schedule(0.1, 0.0, 5), momentum=0.9)),
+    "masked": optfn.chain(optfn.masked(optfn.add_decayed_weights(0.1), lambda path, p: path.endswith("0")), optfn.scale_by_adam()),
+    "partition": optfn.partition({1: optfn.adam(lr=0.1), 2: optfn.chain(optfn.freeze(), optfn.adam())}, [1, {"x": 1, "y": 2}, [1]]),
+    "accumulate": optfn.accumulate(optfn.sgd(lr=0.1, momentum=0.9), 2),
+    "finite, averaged": optfn.chain(optfn.apply_if_finite(optfn.adam(lr=0.1)), optfn.ema_params(0.5)),
+    "injected": optfn.inject_hyperparams(optfn.adam)(lr=0.1),
+    "sparse": optfn.sparse_masked(optfn.adam(lr=0.1), dense="pass"),
+}
+
+
+def as_tuples(x):
+    if isinstance(x, list | tuple):
+        return tuple(as_tuples(y) for y in x)
+    return {name: as_tuples(y) for name, y in x.items()} if isinstance(x, dict) else x
+
+
+NEED_PARAMS = ("adamw", "adafactor", "masked", "finite, averaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [(name, given) for name in SEQUENCES for given in ("params", "no params") if given == "params" or name not in NEED_PARAMS],
+)
+def test_tuples_of_gradients_for_lists_of_parameters(name, given):
+    """As torch.autograd.grad gives them: the same numbers, and a state that keeps its structure."""
+    tx = SEQUENCES[name]
+    params = [torch.ones(2), {"x": torch.ones(3), "y": torch.ones(1)}, [torch.ones(2, 2)]]
+    expected = state = tx.init(params)
+    spec = optfn.tree.flatten(state)[1]
+    for t in range(4):
+        grads = optfn.tree.map(lambda p, t=t: (t + 0.5) * p, params)
+        mine = (params,) if given == "params" else ()
+        wanted, expected = tx.update(grads, expected, *mine)
+        updates, state = tx.update(as_tuples(grads), state, *mine)
+        assert optfn.tree.flatten(state)[1] == spec
+        assert optfn.tree.flatten(updates)[1] == optfn.tree.flatten(params if given == "params" else as_tuples(params))[1]
+        for x, y in zip(optfn.tree.leaves((updates, state)), optfn.tree.leaves((wanted, expected)), strict=True):
+            assert torch.equal(x, y)
+        new = optfn.apply_updates(params, updates)
+        assert [type(x) for x in (new, new[1], new[2])] == [list, dict, list]
+        params = new
+
+
+def test_tuples_of_gradients_are_traced():
+    tx, params = optfn.chain(optfn.adamw(lr=0.1), optfn.ema_params(0.5)), [torch.ones(2), [torch.ones(3)]]
+    grads = (torch.full((2,), 0.5), (torch.ones(3),))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optfn.apply_updates(params, updates), state
+
+    expected = step(params, tx.init(params), grads)
+    compiled = torch.compile(step, fullgraph=True, backend="eager")(params, tx.init(params), grads)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(step)(params, tx.init(params), grads)(params, tx.init(params), grads)
+    for got in (compiled, traced):
+        assert optfn.tree.flatten(got)[1] == optfn.tree.flatten(expected)[1]
+        for x, y in zip(optfn.tree.leaves(got), optfn.tree.leaves(expected), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+
+
+def test_gradients_of_several_arguments():
+    weights = [torch.tensor([3.0]), torch.tensor([4.0])]
+    grads = torch.func.grad(lambda v, w: (v * v * w).sum(), argnums=(0, 1))(*weights)
+    assert type(grads) is tuple
+    tx = optfn.sgd(lr=0.5)
+    updates, _ = tx.update(grads, tx.init(weights), weights)
+    assert updates == [torch.tensor([-12.0]), torch.tensor([-4.5])]
+
+
+@pytest.mark.parametrize(
+    ("params", "grads"),
+    [
+        ([0, 0], (0,)),
+        ([0, 0], (0, 0, 0)),
+        ((0, 0), Two(0, 0)),
+        (Two(0, 0), (0, 0)),
+        (Two(0, 0), [0, 0]),
+        ([0, 0], {"0": 0, "1": 0}),
+        ({"a": 0, "b": 0}, (0, 0)),
+        ([0, 0], ((0, 0),)),
+        ([0, [0]], (0, 0)),
+    ],
+)
+def test_what_is_not_paired_by_position(params, grads):
+    """Where it is not plain which leaf belongs to which, nothing is guessed."""
+    params, grads = (optfn.tree.map(lambda _: torch.ones(1), x) for x in (params, grads))
+    for tx in (optfn.sgd(lr=0.1), optfn.adam(), optfn.masked(optfn.trace(0.9), True), optfn.accumulate(optfn.sgd(), 2)):
+        with pytest.raises((ValueError, TypeError), match=r"updates .*must"):
+            tx.update(grads, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"updates must have the structure of params|the update of '1' must be a tensor"):
+        optfn.apply_updates(params, grads)
+
+
+NOTHING = {
+    **{name: getattr(optfn, name)() for name in ("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "lbfgs")},
+    **{name: getattr(optfn, name)() for name in ("muon", "nadam", "radam", "rmsprop", "rprop", "sgd", "sparse_adam", "freeze")},
+    "scheduled": optfn.sgd(optfn.linear_schedule(0.1, 0.0, 5), momentum=0.9),
+    "chain": optfn.chain(
+        optfn.clip_by_global_norm(1.0, keep_norm=True), optfn.clip(1.0), optfn.clip_by_block_rms(1.0), optfn.adam()
+    ),
+    "named_chain": optfn.named_chain(("clip", optfn.clip(1.0)), ("adam", optfn.adam())),
+    "masked": optfn.masked(optfn.adam(), lambda path, p: True),
+    "partition": optfn.partition({"a": optfn.adam(), "b": optfn.freeze()}, lambda path, p: "a"),
+    "accumulate": optfn.accumulate(optfn.adam(), 2),
+    "apply_if_finite": optfn.apply_if_finite(optfn.adam()),
+    "inject_hyperparams": optfn.inject_hyperparams(optfn.adam)(lr=0.1),
+    "ema_params": optfn.chain(optfn.sgd(), optfn.ema_params(0.9)),
+    "sparse_masked": optfn.sparse_masked(optfn.adam()),
+    "chain of nothing": optfn.chain(),
+}
+
+
+@pytest.mark.parametrize("empty", [{}, [], (), {"a": {}, "b": []}], ids=str)
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.filterwarnings("error")
+def test_an_empty_tree_is_nothing_to_do(name, empty):
+    tx = NOTHING[name]
+    state = first = tx.init(empty)
+    for _ in range(3):
+        updates, state = tx.update(empty, state, empty)
+        assert updates == empty
+        assert optfn.tree.flatten(state)[1] == optfn.tree.flatten(first)[1]
+        assert optfn.apply_updates(empty, updates) == empty
+
+
+def test_an_empty_tree_is_a_minimum():
+    result = optfn.minimize(lambda params: torch.ones(()), {}, optfn.adam())
+    assert (result.params, result.steps, result.reason) == ({}, 0, "gradient")
+
+
+def test_an_exhausted_generator_is_no_empty_tree():
+    used = torch.nn.Linear(2, 2).parameters()
+    assert len([*used]) == 2
+    for tx in (optfn.adam(), optfn.sgd(), optfn.accumulate(optfn.adam(), 2), optfn.masked(optfn.adam(), True)):
+        with pytest.raises(TypeError, match="params is a generator"):
+            tx.init(used)

@@ -38,8 +38,8 @@ def test_map_keeps_none_and_hands_on_the_rest():
 
 
 def test_containers_that_differ_are_named():
-    with pytest.raises(ValueError, match="the paths agree, but the containers differ"):
-        tree.map(lambda x, y: x, {"a": [1, 2]}, {"a": (1, 2)})
+    with pytest.raises(ValueError, match="at 'a' tree 1 has a list, tree 2 has a dict"):
+        tree.map(lambda x, y: x, {"a": [1, 2]}, {"a": {"0": 1, "1": 2}})
 
 
 def test_paths_and_leaves():

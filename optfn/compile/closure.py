@@ -277,6 +277,7 @@ class _Reader:
             self.require(step.opname not in _FORBIDDEN, f"with {step.opname}, something")
             if step.opname in _ATTRIBUTE:
                 self.require(not step.argval.startswith("__"), f"the attribute {step.argval}")
+                self.of_tensors(step.argval)
             attributes: list[str] = []
             for after in instructions[i + 1 :]:
                 if after.opname not in _ATTRIBUTE:
@@ -291,6 +292,13 @@ class _Reader:
             if isinstance(inner, types.CodeType):
                 shared = {*inner.co_freevars} - {*code.co_cellvars}
                 self.code(inner, f, {name: cell for name, cell in cells.items() if name in shared})
+
+    def of_tensors(self, name: str) -> None:
+        """An attribute of anything, of a tensor perhaps: of those torch's own are known, and stay."""
+        kinds: Any = vars(torch.Tensor)
+        value = getattr(torch.Tensor, name, None)
+        self.bindings.names.append((kinds, name, kinds.get(name, _NOTHING)))
+        self.require(not isinstance(value, types.FunctionType) or _is_known(value.__globals__), f"the method {name} of tensors")
 
     def named(self, f: types.FunctionType, name: str) -> Any:
         for names in (f.__globals__, f.__builtins__):  # pyright: ignore[reportAttributeAccessIssue]
@@ -318,6 +326,8 @@ class _Reader:
             x = names[name]
         self.require(not isinstance(x, types.ModuleType), "a module as a value")
         self.require(not rest or not isinstance(x, Tensor) or hasattr(Tensor, rest[0]), "an attribute of a tensor")
+        if isinstance(x, types.FunctionType):
+            self.look(_of_function, x)
         self.value(x)
 
 
@@ -327,5 +337,11 @@ def _is_known_class(kind: type) -> bool:
 
 
 def _is_known_builtin(f: Any) -> bool:
-    of = getattr(f, "__self__", None) or getattr(f, "__objclass__", None)
-    return f in _FUNCTIONS or internals.is_operator(f) or of is math or of is _operator or of in _TYPES
+    of = getattr(f, "__self__", None)
+    if isinstance(of, types.ModuleType) or of is None:
+        return of is math or of is _operator or f in _FUNCTIONS or internals.is_operator(f) or _is_method(f)
+    return False  # a method of some object, which it may read or change
+
+
+def _is_method(f: Any) -> bool:
+    return getattr(f, "__objclass__", None) in _TYPES

@@ -28,6 +28,7 @@ __all__ = [
     "fake_mode",
     "fake_of",
     "function_modes",
+    "guarded",
     "is_operator",
     "is_pure",
     "is_read_off_kind",
@@ -55,6 +56,7 @@ _NEEDED = {
     ),
     "torch._C._dynamo.guards": ("GlobalStateGuard", "TensorGuards"),
     "torch._C._functorch": ("peek_interpreter_stack",),
+    "torch._dynamo.config": ("patch", "skip_nnmodule_hook_guards"),
     "torch._dynamo.convert_frame": ("compile_lock",),
     "torch._functorch.config": ("patch",),
     "torch._guards": ("TracingContext", "tracing"),
@@ -169,10 +171,12 @@ def compile_with_inductor(
     The cache of whole graphs is off: it would give back what plain Inductor made of the same graph.
     """
     import torch._functorch.config as functorch_config
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     _lower_copies()
-    with functorch_config.patch(enable_autograd_cache=False):
+    # Random numbers are torch's own, as in the step itself.
+    with functorch_config.patch(enable_autograd_cache=False), config.patch(fallback_random=True):
         return compile_fx(module, inputs, functools.partial(inner, compile_fx_inner), options or None, table)
 
 
@@ -230,6 +234,13 @@ def prepare_model(graph: torch.fx.Graph) -> None:
         joint_graph_passes(torch.fx.GraphModule({}, graph))
 
 
+def guarded() -> Any:
+    """A context in which Dynamo guards the hooks of modules too."""
+    from torch._dynamo import config
+
+    return config.patch(skip_nnmodule_hook_guards=False)
+
+
 def compiling() -> Any:
     """The lock under which torch compiles."""
     from torch._dynamo.convert_frame import compile_lock
@@ -258,7 +269,21 @@ _NO_OPERATORS = {
         "from_numpy",
         "frombuffer",
     ),
-    *("_from_blob", "is_leaf", "is_pinned", "is_set_to", "is_shared", "map2_", "map_", "names", "new", "numpy", "output_nr"),
+    *(
+        "_from_blob",
+        "is_conj",
+        "is_leaf",
+        "is_neg",
+        "is_pinned",
+        "is_set_to",
+        "is_shared",
+        "map2_",
+        "map_",
+        "names",
+        "new",
+        "numpy",
+        "output_nr",
+    ),
     *("pin_memory", "record_stream", "rename", "rename_", "requires_grad_", "resize_", "resize_as_", "retain_grad", "set_"),
     *("set_data", "storage_offset", "tolist", "type", "untyped_storage", "_view_func", "_view_func_unsafe", "_use_count"),
     *("_rev_view_func_unsafe", "_fix_weakref", "align_to", "align_as", "refine_names", "_reduce_ex_internal"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from optfn import tree
+from optfn.checks import check_step
 from optfn.compile import backend as backend_of_regions
 from optfn.compile import internals, rows
 from optfn.compile.closure import Bindings, bindings, same_number
@@ -23,6 +24,7 @@ from optfn.compile.donation import copy as copied
 from optfn.compile.phases import model_of
 from optfn.compile.regions import Program, split
 from optfn.compile.structure import Structure, UnknownContainerError
+from optfn.compile.surroundings import Surroundings
 from optfn.compile.trace import NotTraceableError, trace
 
 __all__ = ["compile"]
@@ -80,6 +82,7 @@ def compile(
         >>> new["w"] is params["w"], params["w"]
         (True, tensor([1., 2.]))
     """
+    check_step(fn)
     signature = inspect.signature(fn)
     donated = donated_arguments(signature, donate)
     regions = backend == "optfn" and internals.available()
@@ -100,12 +103,18 @@ def compile(
                 if internals.function_modes() is None or any(map(_has_no_memory, tree.leaves(bound.arguments))):
                     return _eagerly(fn, donated, bound)
             if any(map(_has_bits, leaves := tree.leaves((args, kwargs)))):
-                return _without_bits(run, (args, kwargs))
+                return _without_bits(calls, (args, kwargs)) or _eagerly(fn, donated, bound)
             if call is None and calls is not None:
                 call = calls.add(args, kwargs)
                 if call is not None and call[0].program is not None:
                     return call[0].run(call[1])
-            return by_dynamo(bound, leaves)
+            if call is not None and call[0].eager:
+                return _eagerly(fn, donated, bound)
+            # Dynamo takes -0.0 for 0.0 (torch 2.13), also in what stands in a container of another kind.
+            special = [repr(x) for x in leaves if isinstance(x, float) and not x]
+            if call is None and calls is not None:
+                special.append(repr(tree.flatten((args, kwargs))[1]))
+            return by_dynamo(bound, tuple(special))
 
     run._calls = calls  # type: ignore[attr-defined]
     return run
@@ -119,6 +128,8 @@ _INSIDE = (
 
 def _eagerly(fn: Callable[..., Any], donated: list[tuple[int, str]], bound: inspect.BoundArguments) -> Any:
     """The step by itself: with sparse or meta tensors, or under a mode that looks at each call, or changes it."""
+    if not donated:
+        return fn(*bound.args, **bound.kwargs)
     given = [(name, bound.arguments[name]) for _, name in donated if name in bound.arguments]
     held = tree.leaves([x for _, x in given])
     return rows.step_on_rows(fn, bound.args, bound.kwargs, held, lambda leaves, spec: replacements(leaves, spec, given))
@@ -134,12 +145,18 @@ def _has_bits(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.strided and (x.is_neg() or x.is_conj())
 
 
-def _without_bits(run: Callable[..., Any], given: tuple[Any, Any]) -> Any:
-    """A call with tensors whose memory holds their numbers: code that Inductor generates (torch 2.13) does not know better."""
+def _without_bits(calls: "_Calls | None", given: tuple[Any, Any]) -> Any:
+    """A call with tensors whose memory holds their numbers: code that Inductor generates (torch 2.13) does not know better.
+
+    None if the step is not traced here: Dynamo would not notice a step that asks for the difference.
+    """
     leaves, spec = tree.flatten(given)
     plain = {id(x): x.resolve_conj().resolve_neg() for x in leaves if _has_bits(x)}
     args, kwargs = tree.unflatten(spec, [plain.get(id(x), x) for x in leaves])
-    results, structure = tree.flatten(run(*args, **kwargs))
+    call = None if calls is None else calls.find(args, kwargs) or calls.add(args, kwargs)
+    if call is None or call[0].program is None:
+        return None
+    results, structure = tree.flatten(call[0].run(call[1]))
     originals = {id(plain[id(x)]): x for x in leaves if id(x) in plain}
     for i, x in enumerate(results):
         if id(x) in originals:
@@ -149,8 +166,8 @@ def _without_bits(run: Callable[..., Any], given: tuple[Any, Any]) -> Any:
 
 def _by_dynamo(
     fn: Callable[..., Any], donated: list[tuple[int, str]], backend: str | Callable[..., Any]
-) -> Callable[[inspect.BoundArguments, list[Any]], Any]:
-    """The step by torch.compile, as a function of the arguments and their leaves."""
+) -> Callable[[inspect.BoundArguments, tuple[str, ...]], Any]:
+    """The step by torch.compile, as a function of the arguments, and of what tells calls apart that Dynamo does not."""
     in_graph = backend in ("eager", "aot_eager") or (backend is backend_of_regions.backend and internals.KEEPS_ORDER)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -161,6 +178,10 @@ def _by_dynamo(
         return _replace(result, given, in_graph)
 
     @functools.cache
+    def surroundings() -> Surroundings:
+        return Surroundings(fn)
+
+    @functools.cache
     def compiled(special: tuple[str, ...]) -> Callable[..., Any]:
         # Dynamo keeps its graphs, their number and the sizes seen with the code object, which closures share: each gets its own.
         own = types.FunctionType(
@@ -168,11 +189,15 @@ def _by_dynamo(
         )
         return torch.compile(own, fullgraph=True, backend=backend)
 
-    def run(bound: inspect.BoundArguments, leaves: list[Any]) -> Any:
+    def run(bound: inspect.BoundArguments, special: tuple[str, ...]) -> Any:
+        if not surroundings().hold():
+            surroundings.cache_clear()
+            compiled.cache_clear()
+        if not surroundings().compiles:
+            return _eagerly(fn, donated, bound)
         try:
-            # Dynamo takes -0.0 for 0.0 (torch 2.13).
-            special = tuple(repr(x) for x in leaves if isinstance(x, float) and not x)
-            result, late = compiled(special)(bound.args, bound.kwargs)
+            with internals.guarded():
+                result, late = compiled(special)(bound.args, bound.kwargs)
         except Exception as error:
             if _INSIDE in str(error):
                 raise RuntimeError(_INSIDE) from None
@@ -229,11 +254,13 @@ class _Call:
 
     Attributes:
         program: what computes the step; None where that is left to Dynamo.
+        eager: whether even Dynamo would get it wrong.
         outside: the tensors that the step can find besides its arguments.
         held: those that the program reads, and constants.
     """
 
     program: Program | None = None
+    eager = False
 
     def __init__(self, structure: Structure, leaves: list[Any], spec: Any, donated: set[int]) -> None:
         self.structure, self.spec = structure, spec
@@ -309,7 +336,8 @@ class _Call:
             internals.prepare_model(traced.graph)
         outside = list({id(x): x for x in bindings.tensors}.values())
         if {*map(id, outside)} & {*map(id, tensors)}:
-            return  # the step can tell that they are one
+            self.eager = True  # the step can tell that they are one, and Dynamo would not look again
+            return
         if any(map(_has_bits, traced.constants)):
             return
         memory = Memory([*tensors, *traced.constants], self.donated)

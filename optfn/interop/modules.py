@@ -27,6 +27,9 @@ def write_to_module(module: torch.nn.Module, params: dict[str, Any]) -> None:
         >>> model.bias.item()
         2.0
     """
+    given_module: Any = module
+    if not isinstance(given_module, torch.nn.Module):
+        raise TypeError(f"write_to_module(module, params): module must be a module, got {type(given_module).__name__}")
     own = {**dict(module.named_buffers(remove_duplicate=False)), **dict(module.named_parameters(remove_duplicate=False))}
     given = {name: x for name, x in params.items() if x is not None}
     for name, x in given.items():

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from optfn import tree
+from optfn.checks import refuse_torch
 from optfn.compile import compile as compiled
-from optfn.core import GradientTransformation, apply_updates
+from optfn.core import GradientTransformation, added
 from optfn.interop.parts import Part, parts
 from optfn.wrappers.hyperparams import inject_hyperparams
 
@@ -82,6 +83,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         backend: str | Callable[..., Any] = "optfn",
         **options: Any,
     ) -> None:
+        refuse_torch("TorchOptimizer", tx)
         given: Any = tx
         if not (isinstance(given, GradientTransformation) or callable(given)):
             raise TypeError(f"tx must be a transformation or a function that returns one, got {type(given).__name__}")
@@ -342,7 +344,7 @@ class _Group:
 def _step_of(tx: GradientTransformation) -> Callable[..., Any]:
     def step(params: Any, state: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params, **extra)
-        return apply_updates(params, updates), state
+        return added(params, updates)[0], state  # a group without gradients is no mistake
 
     return step
 

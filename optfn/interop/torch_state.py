@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.core import GradientTransformation
+from optfn.core import GradientTransformation, check_transformation
 from optfn.interop.parts import Part, in_order, parts
 from optfn.interop.torch_lbfgs import lbfgs_from_torch, lbfgs_to_torch
 from optfn.optimizers.lbfgs import LbfgsState
@@ -92,6 +92,10 @@ def load_torch_state(
         >>> optfn.tree.get(state, "step"), optfn.tree.get(state, "mu")
         (tensor([1]), [tensor([0.1000])])
     """
+    check_transformation(tx, "load_torch_state", "load_torch_state(tx, params, optimizer.state_dict())")
+    given: Any = optimizer_state_dict
+    if isinstance(given, torch.optim.Optimizer):
+        raise TypeError("load_torch_state takes a state dict, got the optimizer: write optimizer.state_dict()")
     given = _read(optimizer_state_dict, params)
     state = tx.init(params)
     if isinstance(state, LbfgsState):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import is_zero, number
+from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -116,7 +116,7 @@ def scale_by_relative_step(learning_rate: Scalar = 1e-2) -> GradientTransformati
         tensor([0.5774])
         tensor([0.5000])
     """
-    lr = number("lr", learning_rate, at_least=0)
+    lr = number("lr", learning_rate, at_least=0, finite=True)
 
     def update(g: Tensor, slots: Any, p: Any, size: Tensor) -> tuple[Tensor, Any]:
         return g * size, slots
@@ -124,6 +124,7 @@ def scale_by_relative_step(learning_rate: Scalar = 1e-2) -> GradientTransformati
     return leafwise(lambda p: RelativeStepSlots(), update, elementwise=True, at_step=lambda step: step.rsqrt().clamp_max(lr))
 
 
+@alias
 def adafactor(
     lr: ScalarOrSchedule = 1e-2,
     beta2_decay: Scalar = -0.8,

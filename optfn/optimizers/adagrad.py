@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import is_zero, number
+from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -66,6 +66,7 @@ def scale_by_adagrad(
     return leafwise(init, update, elementwise=True)
 
 
+@alias
 def adagrad(
     lr: ScalarOrSchedule = 1e-2,
     lr_decay: Scalar = 0.0,

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import is_zero, number
+from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -101,9 +101,10 @@ def scale_by_adam(
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
         correction, size, offset, under, ahead = step
-        mu, nu, nu_max = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2), slots.nu_max
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        nu_max: Any = slots.nu_max
         first, second = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu, nu
-        if isinstance(nu_max, Tensor):
+        if amsgrad:
             nu_max = torch.maximum(nu_max, nu / correction if amsgrad == "debiased" else nu)
             second = nu_max * correction if amsgrad == "debiased" else nu_max
         return size * first / (sqrt(second, under) + offset), AdamSlots(mu, nu, nu_max)
@@ -111,6 +112,7 @@ def scale_by_adam(
     return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
+@alias
 def adam(
     lr: ScalarOrSchedule = 1e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
@@ -154,6 +156,7 @@ def adam(
     return chain(negate_if(maximize), *decayed(rule, weight_decay, decoupled_weight_decay, mask), scale_by_learning_rate(lr))
 
 
+@alias
 def adamw(
     lr: ScalarOrSchedule = 1e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),

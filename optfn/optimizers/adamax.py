@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -69,6 +69,7 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     return leafwise(init, update, elementwise=True, at_step=lambda step: bias_correction(b1, step))
 
 
+@alias
 def adamax(
     lr: ScalarOrSchedule = 2e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -68,7 +68,7 @@ def scale_by_asgd(
         >>> tx.update(torch.ones(1), tx.init(torch.ones(1)), torch.ones(1))[0]
         tensor([0.1500])
     """
-    lr, lambd = number("lr", learning_rate, at_least=0), number("lambd", lambd, at_least=0)
+    lr, lambd = number("lr", learning_rate, at_least=0, finite=True), number("lambd", lambd, at_least=0)
     alpha, t0 = number("alpha", alpha, at_least=0), number("t0", t0)
 
     def init(p: Tensor) -> AsgdSlots:
@@ -87,6 +87,7 @@ def scale_by_asgd(
     return leafwise(init, update, at_step=at_step, needs_params=True)
 
 
+@alias
 def asgd(
     lr: ScalarOrSchedule = 1e-2,
     lambd: Scalar = 1e-4,

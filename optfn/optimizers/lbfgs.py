@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import number, require, scalar_or_schedule
-from optfn.core import GradientTransformation, apply_updates, transformation
+from optfn.checks import alias, check_state, number, require, scalar_or_schedule
+from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
 from optfn.numerics import Scalar, as_complex, as_real, compute_dtype, real_dtype
 from optfn.schedules import ScalarOrSchedule, as_time
@@ -57,6 +57,7 @@ class LbfgsState(NamedTuple):
     gamma: Tensor
 
 
+@alias
 def lbfgs(
     lr: ScalarOrSchedule = 1.0,
     *,
@@ -176,6 +177,7 @@ def lbfgs(
         max_evals: int | None = None,
         **extra: Any,
     ) -> tuple[Any, LbfgsState]:
+        check_state("lbfgs", state, LbfgsState)
         grads, spec = gathered(updates, params)
         g = _ravel(grads, state.last_grad)
 
@@ -205,7 +207,7 @@ def lbfgs(
             with torch.no_grad():
 
                 def along(t: float) -> tuple[float, float]:
-                    point = apply_updates(params, tree.unflatten(spec, _unravel(t * d, grads)))
+                    point = added(params, tree.unflatten(spec, _unravel(t * d, grads)))[0]
                     with torch.enable_grad():
                         f, df = evaluate(point)
                     return float(f), float(_ravel(gathered(df, params)[0], g).dot(d))

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
@@ -134,6 +134,7 @@ def _check_matrix(x: Tensor) -> None:
         raise ValueError(f"Muon takes matrices, got shape {tuple(x.shape)}: give other tensors to another one, optfn.partition")
 
 
+@alias
 def muon(
     lr: ScalarOrSchedule = 1e-3,
     weight_decay: Scalar = 0.1,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -95,6 +95,7 @@ def scale_by_radam(
     return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
+@alias
 def radam(
     lr: ScalarOrSchedule = 1e-3,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import is_zero, number
+from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import leafwise
@@ -88,6 +88,7 @@ def scale_by_rms(
     return leafwise(init, update, elementwise=True)
 
 
+@alias
 def rmsprop(
     lr: ScalarOrSchedule = 1e-2,
     alpha: Scalar = 0.99,

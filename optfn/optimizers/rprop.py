@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn.checks import number
+from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
@@ -71,7 +71,7 @@ def scale_by_rprop(
         >>> update
         tensor([0.6000, 0.0000])
     """
-    start = number("lr", learning_rate, at_least=0)
+    start = number("lr", learning_rate, at_least=0, finite=True)
     minus, plus = number("etas[0]", eta_minus, above=0, below=1), number("etas[1]", eta_plus, above=1)
     smallest, largest = number("step_sizes[0]", min_step_size, at_least=0), number("step_sizes[1]", max_step_size, at_least=0)
 
@@ -89,6 +89,7 @@ def scale_by_rprop(
     return leafwise(init, update, elementwise=True)
 
 
+@alias
 def rprop(
     lr: ScalarOrSchedule = 1e-2,
     etas: tuple[Scalar, Scalar] = (0.5, 1.2),

@@ -1,6 +1,6 @@
 """Stochastic gradient descent, with momentum."""
 
-from optfn.checks import is_zero
+from optfn.checks import alias, is_zero
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, identity
 from optfn.numerics import Scalar
@@ -12,6 +12,7 @@ from optfn.transforms.scaling import scale_by_learning_rate
 __all__ = ["sgd"]
 
 
+@alias
 def sgd(
     lr: ScalarOrSchedule = 1e-3,
     momentum: Scalar = 0.0,

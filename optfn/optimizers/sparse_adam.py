@@ -1,6 +1,6 @@
 """Adam for sparse gradients."""
 
-from optfn.checks import number, scalar_or_schedule
+from optfn.checks import alias, number, scalar_or_schedule
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.numerics import Scalar
@@ -12,6 +12,7 @@ from optfn.wrappers.sparse import sparse_masked
 __all__ = ["sparse_adam"]
 
 
+@alias
 def sparse_adam(
     lr: ScalarOrSchedule = 1e-3, betas: tuple[Scalar, Scalar] = (0.9, 0.999), eps: Scalar = 1e-8, *, maximize: bool = False
 ) -> GradientTransformation:

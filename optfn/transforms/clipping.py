@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import number
+from optfn.checks import check_state, number
 from optfn.core import GradientTransformation, stateless, transformation
 from optfn.leafwise import stateless_with_tree_map
 from optfn.numerics import Scalar, rms, widened_scalar
@@ -86,6 +86,7 @@ def clip_by_global_norm(
         return ClipByGlobalNormState(widened_scalar(zero), zero)
 
     def update(updates: Any, state: ClipByGlobalNormState, params: Any = None, **extra: Any) -> tuple[Any, ClipByGlobalNormState]:
+        check_state("clip_by_global_norm", state, ClipByGlobalNormState)
         updates, total = clipped(updates)
         norm = widened_scalar(total).to(state.norm.device)
         return updates, ClipByGlobalNormState(norm, state.total_notfinite + ~norm.isfinite())

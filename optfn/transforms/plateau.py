@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import number, require
+from optfn.checks import check_state, number, require
 from optfn.core import GradientTransformation, transformation
 from optfn.numerics import Scalar, widened_scalar
 from optfn.transforms.scaling import scale
@@ -111,6 +111,7 @@ def reduce_on_plateau(
         updates: Any, state: ReduceOnPlateauState, params: Any = None, *, value: Any = None, **extra: Any
     ) -> tuple[Any, ReduceOnPlateauState]:
         require("reduce_on_plateau", value=value)
+        check_state("reduce_on_plateau", state, ReduceOnPlateauState)
         like = state.avg_value
         given = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
         if given.numel() != 1:

@@ -1,13 +1,12 @@
 """Blocks that multiply the updates: by a number, by a schedule, by the learning rate."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import number, scalar_or_schedule
+from optfn.checks import check_state, number, scalar_or_schedule
 from optfn.core import GradientTransformation
 from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
 from optfn.numerics import Scalar, rms
@@ -106,7 +105,7 @@ def scale_by_schedule(step_size_fn: Schedule) -> GradientTransformation:
     return _scheduled(step_size_fn, ScaleByScheduleState, 1)
 
 
-def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: int) -> GradientTransformation:
+def _scheduled(schedule: Schedule, kind: Any, sign: int) -> GradientTransformation:
     def value_at(count: Tensor) -> Tensor:
         return torch.as_tensor(schedule(as_time(count)), device=count.device)
 
@@ -118,12 +117,15 @@ def _scheduled(schedule: Schedule, kind: Callable[[Tensor, Tensor], Any], sign: 
         count = tree.new_count(params)
         return kind(count, shown(value_at(count)))
 
+    def check(state: Any) -> None:
+        check_state("scale_by_schedule" if kind is ScaleByScheduleState else "scale_by_learning_rate", state, kind)
+
     def begin(leaves: Leaves, state: Any) -> Sweep:
         value = value_at(state.count)
         each, _ = begin_of(scale(sign * value))(leaves, ())
         return each, lambda: kind(state.count + 1, shown(value))
 
-    return lifted(init, begin, elementwise=True)
+    return lifted(init, begin, check=check, elementwise=True)
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool = True) -> GradientTransformation:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.core import GradientTransformation, transformation
+from optfn.checks import check_state
+from optfn.core import GradientTransformation, check_transformation, transformation
+from optfn.leafwise import aligned
 from optfn.schedules import Schedule, as_time
 from optfn.wrappers.finite import all_finite, select
 
@@ -55,6 +57,7 @@ def accumulate(
         accumulator_dtype: dtype to gather in; by default the parameter's, float32 at least.
 
     Raises:
+        TypeError: ``inner`` is no transformation, ``every_k`` neither an int nor a function.
         ValueError: ``every_k`` is less than 1.
 
     Example:
@@ -66,6 +69,10 @@ def accumulate(
         tensor([0.])
         tensor([-2.])
     """
+    check_transformation(inner, "accumulate", "accumulate(tx, every_k)")
+    given: Any = every_k
+    if isinstance(given, bool) or not (callable(given) or isinstance(given, int)):
+        raise TypeError(f"every_k must be an int or a schedule, got {type(given).__name__}")
     if not callable(every_k) and every_k < 1:
         raise ValueError(f"every_k must be >= 1, got {every_k}")
 
@@ -80,6 +87,8 @@ def accumulate(
         return AccumulateState(count, count.clone(), count.clone(), inner.init(params), tree.map(zeros, params))
 
     def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> tuple[Any, AccumulateState]:
+        check_state("accumulate", state, AccumulateState)
+        aligned(updates, state.accumulated if params is None else params)
         k = every_k(as_time(state.gradient_step)) if callable(every_k) else every_k
         taken = (
             all_finite(updates, state.mini_step.device) if skip_nonfinite else torch.ones_like(state.mini_step, dtype=torch.bool)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import number, require
-from optfn.core import GradientTransformation, apply_updates, transformation
+from optfn.checks import check_state, number, require
+from optfn.core import GradientTransformation, added, transformation
 from optfn.numerics import Scalar, compute_dtype, lerp
 from optfn.schedules import as_time
 
@@ -75,6 +75,7 @@ def ema_params(
         return EmaParamsState(count, tree.map(lambda p: p.detach().clone(), tree.cast(params, average_dtype)))
 
     def update(updates: Any, state: EmaParamsState, params: Any = None, **extra: Any) -> tuple[Any, EmaParamsState]:
+        check_state("ema_params", state, EmaParamsState)
         if state.average is not None:  # a bare tensor that a mask hides is None
             require("ema_params", params=params)
         count = state.count + 1
@@ -90,6 +91,6 @@ def ema_params(
             new = avg_fn(old.to(wide), p.to(wide), averaged.clamp_min(1))
             return torch.where(averaged == 0, p.to(wide), new).to(old.dtype)
 
-        return updates, EmaParamsState(count, tree.map(average, state.average, apply_updates(params, updates)))
+        return updates, EmaParamsState(count, tree.map(average, state.average, added(params, updates)[0]))
 
     return transformation(init, update)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.core import GradientTransformation, transformation
+from optfn.checks import check_state
+from optfn.core import GradientTransformation, check_transformation, transformation
 
 __all__ = ["ApplyIfFiniteState", "all_finite", "apply_if_finite", "select"]
 
@@ -44,6 +45,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int |
         >>> update, state.total_notfinite
         (tensor([0., 0.]), tensor(1))
     """
+    check_transformation(inner, "apply_if_finite", "apply_if_finite(tx)")
     if max_consecutive_errors is not None and max_consecutive_errors < 0:
         raise ValueError(f"max_consecutive_errors must be >= 0 or None, got {max_consecutive_errors}")
 
@@ -52,6 +54,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int |
         return ApplyIfFiniteState(zero, torch.ones_like(zero, dtype=torch.bool), zero.clone(), inner.init(params))
 
     def update(updates: Any, state: ApplyIfFiniteState, params: Any = None, **extra: Any) -> tuple[Any, ApplyIfFiniteState]:
+        check_state("apply_if_finite", state, ApplyIfFiniteState)
         new, inner_state = inner.update(updates, state.inner_state, params, **extra)
         finite = all_finite((updates, new), state.last_finite.device)
         errors = torch.where(finite, 0, state.notfinite_count + 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import is_zero
+from optfn.checks import check_factory, is_zero
 from optfn.core import GradientTransformation, is_elementwise, transformation
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
@@ -71,6 +71,7 @@ def inject_hyperparams(
         >>> optfn.tree.get(state, "lr"), optfn.tree.get(state, "eps")
         (tensor(0.1000, dtype=torch.float64), tensor(1.0000e-08, dtype=torch.float64))
     """
+    check_factory("inject_hyperparams", factory)
     signature = inspect.signature(factory)
     static = {static_args} if isinstance(static_args, str) else {*static_args}
     if unknown := static - {*signature.parameters}:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.checks import rule_name
-from optfn.core import GradientTransformation, is_elementwise, transformation
+from optfn.core import GradientTransformation, check_transformation, is_elementwise, transformation
+from optfn.leafwise import aligned
 
 __all__ = ["sparse_masked"]
 
@@ -42,13 +43,16 @@ def sparse_masked(
         >>> optfn.apply_updates(params, update)
         tensor([1.0000, 1.0000, 0.8000, 1.0000])
     """
+    check_transformation(inner, "sparse_masked", "sparse_masked(tx)")
     if not is_elementwise(inner):
         raise ValueError(f"sparse_masked takes an elementwise transformation, which {rule_name(inner.update)} is not")
     if dense not in ("error", "pass", "zeros_absent"):
         raise ValueError(f"dense must be 'error', 'pass' or 'zeros_absent', got {dense!r}")
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        grads, spec = tree.checked(updates, "sparse_masked: updates", empty=True)
+        leaves = aligned(updates, params)
+        grads, spec = leaves.grads, leaves.spec
+        updates = tree.unflatten(spec, grads)
         if dense == "pass" and all(g is None or g.layout == torch.strided for g in grads):
             return inner.update(updates, state, params, **extra)
         chosen = tree.unflatten(spec, [None if g is None else _select(g, dense, updates, i) for i, g in enumerate(grads)])
