@@ -92,12 +92,17 @@ def available() -> bool:
     return True
 
 
+# They give nothing, and raise or do nothing else.
+_CHECKS = ("aten::_assert_async", "aten::_assert_tensor_metadata", "aten::_linalg_check_errors")
+
+
 def is_pure(target: Any) -> bool:
     """Whether a graph's target is an operator whose result is a function of its arguments."""
     if not isinstance(target, OpOverload):
         return False
-    if target._schema.is_mutable or not target._schema.returns:  # pyright: ignore[reportPrivateUsage]
-        return False  # what gives nothing, such as an assertion, is called for what it does
+    schema = target._schema  # pyright: ignore[reportPrivateUsage]
+    if schema.is_mutable or not (schema.returns or schema.name in _CHECKS):
+        return False  # what gives nothing is called for what it does
     return not {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}.intersection(target.tags)
 
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from optfn.compile.costs import Work, not_worth, work_of
 from optfn.compile.failing import check_indices
-from optfn.compile.internals import KEEPS_ORDER
+from optfn.compile.internals import KEEPS_ORDER, OpOverload
 from optfn.compile.phases import Phases, connected, is_write, phases_of
 from optfn.compile.scalars import together
 
@@ -133,20 +134,26 @@ class _Splitter:
 
     def program(self, compile_regions: CompileRegions) -> Program:
         found: dict[int, list[list[Node]]] = {p: self.components(nodes, p) for p, nodes in self.by_phase.items()}
+        described = {p: [self.describe(nodes) for nodes in groups] for p, groups in found.items()}
+        called = self.as_well_called(
+            [c for components in described.values() for c in components if self.kind[c.nodes[0]] == "tensor"]
+        )
         turns = 0
         for p in sorted(found):
-            components = [self.describe(nodes) for nodes in found[p]]
-            buckets = [components]
+            components = described[p]
+            buckets = [(components, self.kind[components[0].nodes[0]] == "called")]
             if self.kind[components[0].nodes[0]] == "tensor":
+                calls = [c for c in components if c.key in called]
                 # What writes late is in no region with what writes in it.
-                kinds = [[c for c in components if bool(c.late) is late] for late in (False, True)]
-                buckets = [bucket for found in kinds if found for bucket in _deal(found)]
+                kinds = [[c for c in components if c.key not in called and bool(c.late) is late] for late in (False, True)]
+                buckets = [(bucket, False) for found in kinds if found for bucket in _deal(found)]
+                buckets += [(calls, True)] if calls else []
                 turns += 1
                 if turns % 2 == 0:  # there and back: what was read last is still in the cache
                     buckets.reverse()
             vectors: dict[Node, list[tuple[list[Node], int]]] = {}  # parts of each pack: its members, and their slot
             rows: dict[Node, list[tuple[list[int], int]]] = {}  # parts of each vector that a region is handed
-            regions = [_Region(self, bucket) for bucket in buckets]
+            regions = [_Region(self, bucket, called=by_hand) for bucket, by_hand in buckets]
             for region in regions:
                 for vector, entries in region.rows.items():
                     rows.setdefault(vector, []).append((entries, self.slot()))
@@ -168,6 +175,15 @@ class _Splitter:
         generated = iter(compile_regions([region.graph() for region in regions if not region.called]))
         self.compiled += [_in_order(region.graph()[0]) if region.called else next(generated) for region in regions]
         return Program(self.steps, self.size, results, sum(not region.called for region in regions), self.calls)
+
+    def as_well_called(self, components: list[_Component]) -> set[Any]:
+        """The keys of components whose code is not worth to be generated."""
+        found: dict[Any, tuple[Work, int]] = {}
+        for c in components:
+            if not self.model.intersection(c.nodes):
+                work, times = found.get(c.key, (None, 0))
+                found[c.key] = work or work_of(c.nodes, _bytes(c)), times + 1
+        return not_worth(found)
 
     def forget(self, kept: list[int]) -> None:
         """Of the values that steps read, leave those that are read for the last time."""
@@ -297,12 +313,11 @@ class _Region:
         inputs: what the region is handed: nodes, and parts of vectors (``"row"``).
         rows: the entries of each vector that it reads.
         results: nodes whose values it gives, before the vectors ``packs``.
-        called: it is not generated: its nodes are called one after the other.
+        called: no code is generated: its nodes are called one after the other.
     """
 
-    def __init__(self, splitter: _Splitter, components: list[_Component]) -> None:
-        self.kind, self.components = splitter.kind, components
-        self.called = self.kind[components[0].nodes[0]] == "called"
+    def __init__(self, splitter: _Splitter, components: list[_Component], *, called: bool) -> None:
+        self.kind, self.components, self.called = splitter.kind, components, called
         self.results = [n for c in components for n in c.results]
         self.packs: dict[Node, list[Node]] = {}
         for c in components:
@@ -372,6 +387,11 @@ class _Region:
 
 def _in_order(graph: Graph) -> Compiled:
     """The calls of a graph, one after the other. What they give has the strides that generated code expects."""
+    for n in list(graph.nodes):
+        # What has just been computed is in memory of its own.
+        if n.target is torch.ops.optfn.copy.default and _is_computed(n.args[0]) and all(map(is_write, n.users)):
+            n.replace_all_uses_with(n.args[0])
+            graph.erase_node(n)
     run = torch.fx.GraphModule({}, graph).forward
     output: Any = next(n for n in graph.nodes if n.op == "output")
     expected = [(x.shape, x.stride(), x.dtype) for x in (n.meta["val"] for n in output.args[0])]
@@ -387,6 +407,10 @@ def _in_order(graph: Graph) -> Compiled:
         return results
 
     return call
+
+
+def _is_computed(n: Any) -> bool:
+    return isinstance(n.target, OpOverload) and not n.target.is_view
 
 
 def _is_complex(n: Node) -> bool:
