@@ -14,7 +14,7 @@ _BYTES_PER_SECOND = 1e10
 _PRODUCTS_PER_SECOND = 2e10
 _SECONDS_PER_CALL = 2e-6
 # Calls of which code is generated whatever it saves: it takes some 20 ms for each.
-_ALWAYS = 300
+_ALWAYS = 600
 # The part of a step's time that is given up to generate less.
 _GIVEN_UP = 0.04
 
@@ -25,11 +25,13 @@ class Work(NamedTuple):
     Attributes:
         called: each operator by itself.
         generated: as one piece of code, which reads and writes everything once.
+        products: of both, what products of matrices and convolutions take.
         calls: how many operators.
     """
 
     called: float
     generated: float
+    products: float
     calls: int
 
 
@@ -51,14 +53,15 @@ def work_of(nodes: Iterable[Node], moved: int) -> Work:
         products += count / _PRODUCTS_PER_SECOND
         if not count:
             called += _SECONDS_PER_CALL + sum(_bytes(a) for a in (n, *n.all_input_nodes)) / _BYTES_PER_SECOND
-    return Work(called + products, moved / _BYTES_PER_SECOND + products, calls)
+    return Work(called + products, moved / _BYTES_PER_SECOND + products, products, calls)
 
 
 def not_worth(found: dict[Any, tuple[Work, int]]) -> set[Any]:
     """Of different pieces of work, each done so many times in a step, those that are as well called.
 
-    Few pieces are generated, all of them. Of many, those are left out that save the least for what they cost, as long as all that
-    is lost by it is a small part of the step.
+    What is nearly all products is called: these are calls in generated code too. Of the rest few pieces are generated, all of
+    them. Of many, those are left out that save the least for what they cost, as long as all that is lost by it is a small part
+    of the step.
     """
 
     def saved(key: Any) -> float:
@@ -66,9 +69,13 @@ def not_worth(found: dict[Any, tuple[Work, int]]) -> set[Any]:
         return times * max(work.called - work.generated, 0.0)
 
     step = sum(times * work.generated for work, times in found.values())
-    left = sum(work.calls for work, _ in found.values())
-    lost, called = 0.0, set[Any]()
-    for key in sorted(found, key=lambda key: saved(key) / max(found[key][0].calls, 1)):
+    called = {
+        key for key, (work, _) in found.items() if work.products > 0.5 * work.generated and work.called < 1.05 * work.generated
+    }
+    rest = found.keys() - called
+    left = sum(found[key][0].calls for key in rest)
+    lost = 0.0
+    for key in sorted(rest, key=lambda key: saved(key) / max(found[key][0].calls, 1)):
         lost += saved(key)
         if left <= _ALWAYS or lost > _GIVEN_UP * step:
             break
