@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from optfn.compile import internals
+from optfn.compile.failing import strict
 from optfn.compile.phases import is_write
 from optfn.compile.regions import split
 
@@ -33,7 +34,7 @@ def backend(graph: GraphModule, inputs: list[Any], *, mode: str | None = None, o
     """
     if mode is not None:
         raise ValueError(f"the backend 'optfn' has no modes, got {mode!r}; use options={{...}} with Inductor's options")
-    return internals.compile_with_inductor(graph, inputs, _inner, options or {})
+    return internals.compile_with_inductor(graph, inputs, _inner, options or {}, strict(internals.decompositions()))
 
 
 def _inner(whole: Callable[..., Any], module: GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -100,12 +100,17 @@ def available() -> bool:
     return True
 
 
+# They give nothing, and raise or do nothing else.
+_CHECKS = ("aten::_assert_async", "aten::_assert_tensor_metadata", "aten::_linalg_check_errors")
+
+
 def is_pure(target: Any) -> bool:
     """Whether a graph's target is an operator whose result is a function of its arguments."""
     if not isinstance(target, OpOverload):
         return False
-    if target._schema.is_mutable or not target._schema.returns:  # pyright: ignore[reportPrivateUsage]
-        return False  # what gives nothing, such as an assertion, is called for what it does
+    schema = target._schema  # pyright: ignore[reportPrivateUsage]
+    if schema.is_mutable or not (schema.returns or schema.name in _CHECKS):
+        return False  # what gives nothing is called for what it does
     return not {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}.intersection(target.tags)
 
 
@@ -231,9 +236,11 @@ def _is_narrow(n: torch.fx.Node) -> bool:
 
 
 def compile_with_inductor(
-    module: torch.fx.GraphModule, inputs: list[Any], inner: Callable[..., Any], options: dict[str, Any]
+    module: torch.fx.GraphModule, inputs: list[Any], inner: Callable[..., Any], options: dict[str, Any], table: dict[Any, Any]
 ) -> Any:
     """Inductor's own way from a graph of Dynamo's, with ``inner(compile, module, inputs, **kwargs)`` where it generates code.
+
+    ``table`` is what operators are decomposed into.
 
     The cache of whole graphs is off: it would give back what plain Inductor made of the same graph.
     """
@@ -255,7 +262,7 @@ def compile_with_inductor(
     # Random numbers are torch's own, as in the step itself.
     changes = {"emulate_precision_casts": True, "fallback_random": True}
     with functorch_config.patch(enable_autograd_cache=False), config.patch(changes):
-        return compile_fx(module, inputs, functools.partial(inner, whole), options or None)
+        return compile_fx(module, inputs, functools.partial(inner, whole), options or None, table)
 
 
 _ROW = 1024

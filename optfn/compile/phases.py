@@ -1,4 +1,4 @@
-"""What of a graph is a scalar and what a tensor, and in which order the two alternate."""
+"""What of a graph is a scalar, what a tensor and what is called, and in which order the three alternate."""
 
 import operator
 from collections.abc import Callable, Iterable
@@ -9,9 +9,12 @@ import torch.fx
 from torch import Tensor
 from torch.fx import Node
 
+from optfn.compile.failing import called_first
+
 __all__ = ["Kind", "Phases", "is_write", "model_of", "phases_of"]
 
-Kind = Literal["input", "free", "scalar", "tensor", "row", "pack"]
+Kind = Literal["input", "free", "called", "tensor", "scalar", "row", "pack"]
+_TURNS = ("called", "tensor", "scalar")
 
 
 class Phases(NamedTuple):
@@ -19,9 +22,11 @@ class Phases(NamedTuple):
 
     Attributes:
         kind: ``"input"``, a placeholder; ``"free"``, made of nothing, or a view of an input: copied to wherever it is used;
-            ``"scalar"`` and ``"tensor"``. What :mod:`optfn.compile.scalars` adds: ``"row"``, an entry of a vector of
-            scalars; ``"pack"``, a vector of results of tensor nodes.
-        phase: even for tensor nodes, odd for scalar ones; a node is computed after all phases below its own.
+            ``"called"``, what is ATen's own, because it may fail; ``"scalar"`` and ``"tensor"``. What
+            :mod:`optfn.compile.scalars` adds: ``"row"``, an entry of a vector of scalars; ``"pack"``, a vector of results
+            of tensor nodes.
+        phase: the kinds take turns: called, tensor, scalar, and again. A node is computed after all phases below its own; what an
+            operator with several results gives is in its phase. All that may fail comes before the first write.
         model: nodes that stay together, as :func:`model_of` gives them.
     """
 
@@ -40,16 +45,22 @@ def phases_of(graph: torch.fx.Graph) -> Phases:
     nodes = list(graph.nodes)
     calls = [n for n in nodes if n.op == "call_function"]
     results = {a for n in nodes if n.op == "output" for a in n.all_input_nodes}
-    model = model_of(graph)
+    called = called_first(graph)
+    model = model_of(graph) - called
+    model.update(n for n in calls if n.target is operator.getitem and n.args[0] in model)
     kind: dict[Node, Kind] = {n: "input" for n in nodes if n.op == "placeholder"}
     small = {n: _entries(n) for n in kind if _is_small_input(n)}
     for n in calls:
         inputs = n.all_input_nodes
         modest = bool(inputs) and all(a in small for a in inputs) and _entries(n) <= sum(small[a] for a in inputs)
-        if n in model:
-            kind[n] = "tensor"
-        elif n not in results and _is_view_or_new(n, kind) and all(kind[a] in ("input", "free") for a in inputs):
+        if n not in results and _is_view_or_new(n, kind) and all(kind[a] in ("input", "free") for a in inputs):
             kind[n] = "free"
+        elif n in called:
+            kind[n] = "called"
+        elif n in model:
+            kind[n] = "tensor"
+        elif _is_item(n, kind):
+            kind[n] = kind[inputs[0]]
         else:
             kind[n] = "scalar" if modest else "tensor"
         if (modest and kind[n] != "tensor") or getattr(n.meta["val"], "ndim", None) == 0:
@@ -111,6 +122,16 @@ def connected(nodes: list[Node], neighbours: Callable[[Node], Iterable[Any]]) ->
     return list(found.values())
 
 
+def _after(phase: int, kind: Kind) -> int:
+    """The first phase of a kind that is not before this one."""
+    return phase + (_TURNS.index(kind) - phase) % len(_TURNS)
+
+
+def _before(phase: int, kind: Kind) -> int:
+    """The last phase of a kind that is not after this one."""
+    return phase - (phase - _TURNS.index(kind)) % len(_TURNS)
+
+
 def _phases(calls: list[Node], kind: dict[Node, Kind], model: set[Node]) -> dict[Node, int]:
     phase: dict[Node, int] = {}
     readers: dict[Node, list[Node]] = {}  # of an input, through views of it
@@ -122,31 +143,66 @@ def _phases(calls: list[Node], kind: dict[Node, Kind], model: set[Node]) -> dict
             continue
         for root in below:
             readers.setdefault(root, []).append(n)
-        known = [phase[a] + (kind[a] != kind[n]) for a in n.all_input_nodes if a in phase]
-        phase[n] = max(known, default=0 if kind[n] == "tensor" else 1)
+        phase[n] = _earliest(n, kind, phase)
+    together = _keep_together(calls, kind, phase, model)
+    for n in calls:
+        if n in phase and n not in together:
+            phase[n] = _earliest(n, kind, phase)
 
     writes = [n for n in calls if is_write(n)]
+    failed = max((phase[n] for n in phase if kind[n] == "called"), default=0)
 
     def after_readers(n: Node) -> int:
-        """What is overwritten has been read."""
+        """What is overwritten has been read, and nothing fails any more."""
         target: Any = n.args[0]
-        return max([phase[n], *(phase[r] + (kind[r] != kind[n]) for r in readers[target] if r is not n)])
+        return max([_after(failed, kind[n]), phase[n], *(_after(phase[r], kind[n]) for r in readers[target] if r is not n)])
 
-    last = max((phase[n] for n in phase if kind[n] == "tensor"), default=0)
+    last = max((phase[n] for n in phase if kind[n] == "tensor"), default=_after(0, "tensor"))
     last = max([last, *(after_readers(n) for n in writes if kind[n] == "tensor")])
     for n in reversed(calls):
-        if kind[n] == "tensor" and n not in model:
-            users = [u for u in n.users if u in phase]
-            phase[n] = min((phase[u] - (kind[u] == "scalar") for u in users), default=last)
+        if n in phase and kind[n] == "tensor" and n not in model and not _is_item(n, kind):
+            items = [u for u in n.users if _is_item(u, kind)]
+            users = [u for of in (n, *items) for u in of.users if u in phase and u not in items]
+            phase[n] = min((_before(phase[u], "tensor") for u in users), default=last)
+            phase.update(dict.fromkeys(items, phase[n]))
     for n in writes:
         if kind[n] == "scalar":
             phase[n] = after_readers(n)
     return phase
 
 
+def _is_item(n: Node, kind: dict[Node, Kind]) -> bool:
+    """Whether a node is one result of an operator that has several; it stays with that operator."""
+    return n.target is operator.getitem and kind[n.all_input_nodes[0]] != "free"
+
+
+def _earliest(n: Node, kind: dict[Node, Kind], phase: dict[Node, int]) -> int:
+    return _after(max((phase[a] for a in n.all_input_nodes if a in phase), default=0), kind[n])
+
+
+def _keep_together(calls: list[Node], kind: dict[Node, Kind], phase: dict[Node, int], model: set[Node]) -> set[Node]:
+    """Put the nodes of a model in its last phase, but for those that a call in between needs.
+
+    Returns:
+        The nodes of the model, and what they need.
+    """
+    last = max((phase[n] for n in model if n in phase), default=0)
+    needed: set[Node] = set()
+    for n in reversed(calls):
+        if n in model or n in needed:
+            users = [u for u in n.users if u in needed and u in phase]
+            if n in model and n in phase:
+                phase[n] = min([last, *(_before(phase[u], "tensor") for u in users)])
+                phase.update({u: phase[n] for u in n.users if _is_item(u, kind)})
+            needed.add(n)
+            needed.update(a for a in n.all_input_nodes if a in kind)
+    return needed
+
+
 def _entries(n: Node) -> int:
     value = n.meta["val"]
-    return sum(x.numel() for x in value) if isinstance(value, tuple | list) else value.numel()
+    values = value if isinstance(value, tuple | list) else [value]
+    return sum(x.numel() for x in values if isinstance(x, Tensor))
 
 
 def _is_small_input(n: Node) -> bool:

@@ -9,7 +9,8 @@ that this shows:
    put in the latest phase that its users allow: put early, values would be written out to be read back.
 3. The tensor nodes of a phase fall into connected components, one a leaf where a rule is elementwise. Equal ones are dealt into
    equal *regions*, and each distinct region is compiled once.
-4. Scalars of which each leaf has its own (:mod:`optfn.compile.scalars`) are one vector; a region is handed its part of it.
+4. What may fail is called, not generated, and all of it before anything is written (:mod:`optfn.compile.failing`).
+5. Scalars of which each leaf has its own (:mod:`optfn.compile.scalars`) are one vector; a region is handed its part of it.
 
 No math is changed: each region holds nodes of the graph.
 """
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from optfn.compile.internals import KEEPS_ORDER
+from optfn.compile.costs import Work, not_worth, work_of
+from optfn.compile.failing import check_indices
+from optfn.compile.internals import KEEPS_ORDER, OpOverload
 from optfn.compile.phases import Phases, connected, is_write, phases_of
 from optfn.compile.scalars import together
 
@@ -46,7 +49,7 @@ class Program(NamedTuple):
         steps: functions of the list of all values, which they read and add to; and the values that nothing reads after that.
         size: how many values there are; the inputs come first.
         results: the number of each result, or a constant in a tuple.
-        regions: how many distinct regions were compiled.
+        regions: for how many distinct regions code was generated.
         calls: how many calls of them a step makes.
     """
 
@@ -95,6 +98,9 @@ def split(graph: Graph, compile_regions: CompileRegions) -> Program:
             thing that it does to them.
         compile_regions: makes functions of the list of inputs from such graphs and their fake inputs.
     """
+    for n in graph.nodes:
+        n.meta.setdefault("val", None)  # a check gives nothing
+    check_indices(graph)
     return _Splitter(*together(graph, phases_of(graph))).program(compile_regions)
 
 
@@ -109,7 +115,7 @@ class _Splitter:
         self.size = len(self.slots)
         self.by_phase: dict[int, list[Node]] = collections.defaultdict(list)
         for n in nodes:
-            if n in self.live and self.kind.get(n) in ("scalar", "tensor"):
+            if n in self.live and self.kind.get(n) in ("called", "tensor", "scalar"):
                 self.by_phase[self.phase[n]].append(n)
         self.packs = [n for n in nodes if self.kind.get(n) == "pack" and n in self.live]
         self.pack_of = {a: n for n in self.packs for a in n.all_input_nodes}
@@ -121,23 +127,33 @@ class _Splitter:
     def needed(self, nodes: list[Node]) -> set[Node]:
         live = set(self.given)
         for n in reversed(nodes):
-            if n in live or (n.op == "call_function" and is_write(n)):
+            if n in live or (n.op == "call_function" and (is_write(n) or self.kind[n] == "called")):
                 live.add(n)
                 live.update(n.all_input_nodes)
         return live
 
     def program(self, compile_regions: CompileRegions) -> Program:
         found: dict[int, list[list[Node]]] = {p: self.components(nodes, p) for p, nodes in self.by_phase.items()}
+        described = {p: [self.describe(nodes) for nodes in groups] for p, groups in found.items()}
+        called = self.as_well_called(
+            [c for components in described.values() for c in components if self.kind[c.nodes[0]] == "tensor"]
+        )
+        turns = 0
         for p in sorted(found):
-            components = [self.describe(nodes) for nodes in found[p]]
-            # What writes late is in no region with what writes in it.
-            kinds = [[c for c in components if bool(c.late) is late] for late in (False, True)]
-            buckets = [bucket for found in kinds if found for bucket in (_deal(found) if p % 2 == 0 else [found])]
-            if p % 4:  # there and back: what was read last is still in the cache
-                buckets.reverse()
+            components = described[p]
+            buckets = [(components, self.kind[components[0].nodes[0]] == "called")]
+            if self.kind[components[0].nodes[0]] == "tensor":
+                calls = [c for c in components if c.key in called]
+                # What writes late is in no region with what writes in it.
+                kinds = [[c for c in components if c.key not in called and bool(c.late) is late] for late in (False, True)]
+                buckets = [(bucket, False) for found in kinds if found for bucket in _deal(found)]
+                buckets += [(calls, True)] if calls else []
+                turns += 1
+                if turns % 2 == 0:  # there and back: what was read last is still in the cache
+                    buckets.reverse()
             vectors: dict[Node, list[tuple[list[Node], int]]] = {}  # parts of each pack: its members, and their slot
             rows: dict[Node, list[tuple[list[int], int]]] = {}  # parts of each vector that a region is handed
-            regions = [_Region(self, bucket) for bucket in buckets]
+            regions = [_Region(self, bucket, called=by_hand) for bucket, by_hand in buckets]
             for region in regions:
                 for vector, entries in region.rows.items():
                     rows.setdefault(vector, []).append((entries, self.slot()))
@@ -155,8 +171,19 @@ class _Splitter:
                 self.pack(pack, parts)
         results = [self.slots[a] if isinstance(a, Node) else (a,) for a in self.final]
         self.forget([r for r in results if isinstance(r, int)])
-        self.compiled += compile_regions([region.graph() for _, region in self.regions.values()])
-        return Program(self.steps, self.size, results, len(self.compiled), self.calls)
+        regions = [region for _, region in self.regions.values()]
+        generated = iter(compile_regions([region.graph() for region in regions if not region.called]))
+        self.compiled += [_in_order(region.graph()[0]) if region.called else next(generated) for region in regions]
+        return Program(self.steps, self.size, results, sum(not region.called for region in regions), self.calls)
+
+    def as_well_called(self, components: list[_Component]) -> set[Any]:
+        """The keys of components whose code is not worth to be generated."""
+        found: dict[Any, tuple[Work, int]] = {}
+        for c in components:
+            if not self.model.intersection(c.nodes):
+                work, times = found.get(c.key, (None, 0))
+                found[c.key] = work or work_of(c.nodes, _bytes(c)), times + 1
+        return not_worth(found)
 
     def forget(self, kept: list[int]) -> None:
         """Of the values that steps read, leave those that are read for the last time."""
@@ -170,8 +197,8 @@ class _Splitter:
         return self.size - 1
 
     def components(self, nodes: list[Node], phase: int) -> list[list[Node]]:
-        """Connected tensor nodes; all scalar nodes of a phase are one component."""
-        if phase % 2:
+        """Connected tensor nodes; all other nodes of a phase are one component."""
+        if self.kind[nodes[0]] != "tensor":
             return [nodes]
         written = {n.all_input_nodes[0] for n in nodes if is_write(n)}
 
@@ -286,10 +313,11 @@ class _Region:
         inputs: what the region is handed: nodes, and parts of vectors (``"row"``).
         rows: the entries of each vector that it reads.
         results: nodes whose values it gives, before the vectors ``packs``.
+        called: no code is generated: its nodes are called one after the other.
     """
 
-    def __init__(self, splitter: _Splitter, components: list[_Component]) -> None:
-        self.kind, self.components = splitter.kind, components
+    def __init__(self, splitter: _Splitter, components: list[_Component], *, called: bool) -> None:
+        self.kind, self.components, self.called = splitter.kind, components, called
         self.results = [n for c in components for n in c.results]
         self.packs: dict[Node, list[Node]] = {}
         for c in components:
@@ -306,7 +334,7 @@ class _Region:
                     self.place[a] = self.read(a)
                 places.append(self.place[a])
             key.append((c.key, tuple(places)))
-        self.key = (tuple(key), tuple(len(self.rows[a]) if which == "row" else 0 for which, a in self.inputs))
+        self.key = (self.called, tuple(key), tuple(len(self.rows[a]) if which == "row" else 0 for which, a in self.inputs))
 
     def read(self, a: Node) -> tuple[int, int]:
         if self.kind[a] != "row":
@@ -355,6 +383,34 @@ class _Region:
             results.append(node)
         graph.output(tuple(results))
         return graph, fakes
+
+
+def _in_order(graph: Graph) -> Compiled:
+    """The calls of a graph, one after the other. What they give has the strides that generated code expects."""
+    for n in list(graph.nodes):
+        # What has just been computed is in memory of its own.
+        if n.target is torch.ops.optfn.copy.default and _is_computed(n.args[0]) and all(map(is_write, n.users)):
+            n.replace_all_uses_with(n.args[0])
+            graph.erase_node(n)
+    run = torch.fx.GraphModule({}, graph).forward
+    output: Any = next(n for n in graph.nodes if n.op == "output")
+    expected = [(x.shape, x.stride(), x.dtype) for x in (n.meta["val"] for n in output.args[0])]
+
+    def call(inputs: list[Any]) -> list[Tensor]:
+        results = list(run(*inputs))
+        for i, (shape, strides, dtype) in enumerate(expected):
+            x = results[i]
+            if (x.shape, x.dtype) != (shape, dtype):
+                raise RuntimeError(f"a result of {output.args[0][i].target} is {x.dtype} {[*x.shape]}, not {dtype} {[*shape]}")
+            if x.stride() != strides:
+                results[i] = x.new_empty_strided(shape, strides).copy_(x)
+        return results
+
+    return call
+
+
+def _is_computed(n: Any) -> bool:
+    return isinstance(n.target, OpOverload) and not n.target.is_view
 
 
 def _is_complex(n: Node) -> bool:

@@ -51,12 +51,11 @@ class _Rewriter:
                 by_phase.setdefault(phase[n], []).append(n)
         for p in sorted(by_phase):
             for n in by_phase[p]:
-                if kind[n] == "tensor":
-                    self.copy(n)
-                else:
+                if kind[n] == "scalar":
                     self.scalar(n)
-            if p % 2 == 0:
-                self.pack([n for n in by_phase[p] if self.feeds_scalars(n)], p)
+                else:
+                    self.copy(n)
+            self.pack([n for n in by_phase[p] if kind[n] == "tensor" and self.feeds_scalars(n)], p)
         for n in self.nodes:
             if n.op == "output":
                 self.graph.output(torch.fx.map_arg(n.args[0], self.entry))
@@ -117,9 +116,9 @@ class _Rewriter:
 
     def scalar(self, n: Node) -> None:
         args: Any = n.args
-        if n.target is aten.unbind.int and all(u.target is operator.getitem for u in n.users) and args[0] in self.copies:
+        if self.takes_apart(n) and all(u.target is operator.getitem for u in n.users):
             return
-        if n.target is operator.getitem and args[0].target is aten.unbind.int and args[0].args[0] in self.copies:
+        if n.target is operator.getitem and self.takes_apart(args[0]):
             self.rows[n] = (self.copies[args[0].args[0]], args[1])
         elif n.target is aten.unsqueeze.default and args[0] in self.rows:
             self.slices[n] = self.rows[args[0]]
@@ -129,6 +128,11 @@ class _Rewriter:
             self.rows[n] = vector
         else:
             self.copy(n)
+
+    def takes_apart(self, n: Node) -> bool:
+        """Whether a node gives the entries of a vector."""
+        args: Any = n.args
+        return n.target is aten.unbind.int and args[0] in self.copies and args[0].meta["val"].ndim == 1
 
     def whole(self, parts: list[Node]) -> Node | None:
         """The vector of which these are all entries, in order."""

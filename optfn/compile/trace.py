@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optfn.compile import internals
+from optfn.compile.failing import strict
 from optfn.compile.watch import NotTraceableError, Watch
 
 __all__ = ["NotTraceableError", "Traced", "trace"]
@@ -70,7 +71,7 @@ class _Recorder(TorchDispatchMode):
         self.mode = internals.fake_mode()
         self.graph = torch.fx.Graph()
         self.constants: list[Tensor] = []
-        self.decompositions = internals.decompositions()
+        self.decompositions = strict(internals.decompositions())
         self.nodes: dict[int, torch.fx.Node] = {}
         self.known: dict[Any, Any] = {}
         self.held: list[Any] = []  # an id is that of one tensor for as long as the tensor lives
@@ -115,6 +116,8 @@ class _Recorder(TorchDispatchMode):
             node.meta["val"] = result
             for i, x in enumerate(result):
                 self.own(self.graph.call_function(operator.getitem, (node, i)), x)
+        elif result is None:  # a check
+            self.call(func, spec, flat).meta["val"] = None
         self.known[key] = result
         return result  # what is no tensor is no part of the graph: a device, a size
 
