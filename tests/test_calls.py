@@ -84,10 +84,19 @@ def test_a_structure_fits_itself_alone(i: int) -> None:
             assert found is None or any(isinstance(x, list | tuple | dict | None) for x in found)
 
 
-@pytest.mark.parametrize("tree", [{1, 2}, {(1,): 2}, {1.0: 2}, type("D", (dict,), {})(a=1), defaultdict(lambda: 1)], ids=str)
-def test_other_containers_are_not_known(tree: Any) -> None:
+UNKNOWN = {
+    "a set": {1, 2},
+    "a tuple as a key": {(1,): 2},
+    "a float as a key": {1.0: 2},
+    "a subclass": type("D", (dict,), {})(a=1),
+    "a function for defaults": defaultdict(lambda: 1),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_other_containers_are_not_known(name: str) -> None:
     with pytest.raises(UnknownContainerError):
-        Structure([tree], [])
+        Structure([UNKNOWN[name]], [])
 
 
 def test_classes_that_hold_more_than_fields_are_not_plain() -> None:
@@ -296,6 +305,27 @@ def test_several_threads_call_one_step() -> None:
 # Who is left to Dynamo
 
 
+TRACED = {
+    "a gradient": lambda p: p - torch.func.grad(lambda q: q.square().sum())(p),
+    "a gradient of a batch": lambda p: p - torch.vmap(torch.func.grad(lambda q: q.sin().sum()))(p),
+    "a pooling's gradient": lambda p: p - torch.func.grad(lambda q: torch.max_pool2d(q[None], 2).sum())(p),
+    "a Hessian": lambda p: p + torch.func.hessian(lambda q: q.pow(3).sum())(p).sum(),
+    "a softmax's": lambda p: p - torch.func.grad(lambda q: torch.nn.functional.cross_entropy(q[0], q[0].detach()))(p),
+    "without a gradient": lambda p: p * 2 if not torch.is_grad_enabled() else p,
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_functional_transforms_in_a_step_are_traced(name: str) -> None:
+    p = torch.arange(16.0).reshape(1, 4, 4) / 16
+    with torch.no_grad():
+        expected = TRACED[name](p)
+    step = optfn.compile(TRACED[name], donate="p")
+    assert step(p) is p
+    torch.testing.assert_close(p, expected)
+    assert programs(step) == 1
+
+
 def test_what_is_known_and_what_is_not() -> None:
     tx, rate, names = optfn.adamw(), 0.1, ["w"]
 
@@ -305,6 +335,14 @@ def test_what_is_known_and_what_is_not() -> None:
     assert bindings(known) is not None
     assert bindings(lambda p: known(p) * len(names)) is None
     assert bindings(lambda p: p * torch.nn.functional.softmax(p, 0)) is not None
+
+    def annotated(p: Tensor) -> Tensor:
+        def inner(x: Any, y: list[int] | None = None, z: tuple[Any, ...] = ()) -> Any:
+            return x
+
+        return inner(p)
+
+    assert bindings(annotated) is not None
     assert bindings(lambda p: p * torch.rand(())) is not None  # the trace refuses it
     assert bindings(lambda p: p if threading.active_count() else -p) is None
     assert bindings(Doubling) is None

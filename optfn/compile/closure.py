@@ -15,6 +15,7 @@ import operator
 import os
 import sys
 import types
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,6 +43,7 @@ _TYPES = {
     *(torch.Tensor, torch.nn.Parameter, torch.Size, torch.device, torch.dtype, torch.finfo, torch.iinfo),
     *(torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.autocast),
 }
+_ANNOTATIONS = (types.GenericAlias, types.UnionType, type(typing.Any))
 _FUNCTIONS = {
     *(abs, all, any, callable, divmod, isinstance, issubclass, iter, len, max, min, next, pow, round, sorted, sum),
     *(functools.reduce, torch.is_tensor, torch.is_grad_enabled, torch.get_default_dtype),
@@ -233,6 +235,8 @@ class _Reader:
         elif ours and kind in (dict, collections.OrderedDict, types.MappingProxyType):
             self.look(_of_mapping, x)
             self.values(x.values(), ours)
+        elif kind in _ANNOTATIONS or getattr(typing, kind.__name__, None) is kind:
+            return  # it says what a thing is, and does nothing
         else:
             self.require(x in _TYPES if isinstance(x, type) else False, f"an object of {kind.__qualname__}")
 

@@ -32,6 +32,7 @@ __all__ = [
     "fake_of",
     "function_modes",
     "guarded",
+    "is_of_transforms",
     "is_operator",
     "is_pure",
     "is_read_off_kind",
@@ -63,6 +64,7 @@ _NEEDED = {
     "torch._C._functorch": ("peek_interpreter_stack",),
     "torch._dynamo.config": ("patch", "skip_nnmodule_hook_guards"),
     "torch._dynamo.convert_frame": ("compile_lock",),
+    "torch._functorch": ("eager_transforms", "vmap"),
     "torch._functorch.config": ("patch",),
     "torch._guards": ("TracingContext", "tracing"),
     "torch._inductor.async_compile": ("AsyncCompile",),
@@ -418,7 +420,7 @@ def _operators() -> frozenset[Any]:
     found = [f for of in owners for name in dir(of) if name not in _NO_OPERATORS and isinstance(f := getattr(of, name), kinds)]
     own = [f for f in found if getattr(f, "__objclass__", TensorBase) is TensorBase]  # not what every Python object has
     methods = [getattr(Tensor, name) for name in _METHODS_IN_PYTHON if hasattr(Tensor, name)]
-    return frozenset([*own, *methods, torch.autograd.grad])
+    return frozenset([*own, *methods, torch.autograd.grad, torch._C._set_grad_enabled])  # pyright: ignore
 
 
 def is_operator(f: Any) -> bool:
@@ -452,6 +454,13 @@ def function_modes() -> tuple[Any, ...] | None:
 
     modes: list[Any] = [torch._C._get_function_stack_at(i) for i in range(count)]  # pyright: ignore
     return tuple(mode.device for mode in modes) if all(type(mode) is DeviceContext for mode in modes) else None
+
+
+def is_of_transforms(frame: types.FrameType) -> bool:
+    """Whether what runs is torch.func itself, and not a function that it transforms."""
+    from torch._functorch import eager_transforms, vmap
+
+    return any(frame.f_globals is vars(module) for module in (eager_transforms, vmap))
 
 
 def is_transformed() -> bool:

@@ -1,5 +1,6 @@
 """What a function asks of tensors while it is traced, besides what operators give."""
 
+import sys
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ class Watch(TorchFunctionMode):
         allowed = self.known.get(func)
         if allowed is None:
             allowed = self.known[func] = internals.is_operator(func) or internals.is_read_off_kind(func)
-        if allowed:
+        # The transforms of torch.func ask for more than the functions that they transform, of tensors of their own.
+        if allowed or internals.is_of_transforms(sys._getframe(1)):  # pyright: ignore[reportPrivateUsage]
             return func(*args, **(kwargs or {}))
         if internals.is_requires_grad(func) and id(args[0]) in self.given:
             return self.given[id(args[0])][1].requires_grad
-        name = getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", func)
+        name = func.__self__.__name__ if getattr(func, "__name__", "") == "__get__" else getattr(func, "__name__", func)
         return self.refuse(f"{name} of a tensor is asked for")
 
 
