@@ -62,6 +62,8 @@ def lifted(
             check(state)
         return begin(leaves, state)
 
+    checked.__qualname__ = begin.__qualname__  # by which messages name the rule
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if check is not None:
             check(state)  # first: of arguments in another order it says so

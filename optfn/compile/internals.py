@@ -383,6 +383,7 @@ _NO_OPERATORS = {
     ),
     *(
         "_from_blob",
+        "one_hot",
         "is_conj",
         "is_leaf",
         "is_neg",

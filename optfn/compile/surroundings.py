@@ -20,8 +20,9 @@ from optfn.compile.closure import Bindings
 
 __all__ = ["Surroundings"]
 
-# Names of what Dynamo takes for constant, though it changes. Whoever has one of them for something else loses speed.
-_CONSTANT_TO_DYNAMO = {"getenv", "getrecursionlimit", "is_leaf", "_base", "_is_view", "is_neg", "is_conj"}
+# Names of what Dynamo takes for constant, though it changes, or gives a value where torch raises. Whoever has one of them for
+# something else loses speed.
+_NOT_FOR_DYNAMO = {"one_hot", "getenv", "getrecursionlimit", "is_leaf", "_base", "_is_view", "is_neg", "is_conj"}
 _OF_NO_USER = {*sys.stdlib_module_names, "numpy", "optfn", "torch"}
 _DEPTH = 4  # of containers and attributes
 
@@ -30,7 +31,7 @@ class Surroundings:
     """The classes that a function can reach, and whether it may be compiled at all.
 
     Attributes:
-        compiles: False for a function that asks for what Dynamo takes for constant though it changes.
+        compiles: False for a function that asks for what Dynamo gets wrong.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -94,7 +95,7 @@ class Surroundings:
     def code(self, code: types.CodeType, f: types.FunctionType) -> None:
         """What a piece of code of ``f`` names."""
         names = {i.argval for i in dis.get_instructions(code) if isinstance(i.argval, str)}
-        if names & _CONSTANT_TO_DYNAMO:
+        if names & _NOT_FOR_DYNAMO:
             self.compiles = False
         for name in names:
             x = f.__globals__.get(name)
