@@ -14,6 +14,7 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.node import map_aggregate
 
 from optfn.compile.donation import copy
 from optfn.compile.phases import model_of
@@ -134,7 +135,7 @@ def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
             return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
         result = call(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()})
-        return result.to(*dtypes) if isinstance(result, Tensor) and result.dtype == torch.float32 else result
+        return result.to(dtypes.pop()) if isinstance(result, Tensor) and result.dtype == torch.float32 else result
 
     return wide
 
@@ -179,7 +180,7 @@ def deferring(async_compile: type) -> type:
     The modules of regions ask for it themselves, so that nothing of torch is patched, and other threads wait as ever.
     """
 
-    class Deferring(async_compile):
+    class Deferring(async_compile):  # pyright: ignore[reportUntypedBaseClass]
         def wait(self, scope: dict[str, Any]) -> None:
             waits, wait = _waits.get(), functools.partial(super().wait, scope)
             if waits is None:
@@ -286,7 +287,7 @@ def _round_every_result(graph: torch.fx.Graph) -> None:
         given: Any = n.args, n.kwargs
         with graph.inserting_before(n):
             if n.meta["val"].device.type == "cpu" and n.target.overloadpacket.__name__ in _ROUND_NUMBERS:
-                given = torch.fx.node.map_aggregate(given, functools.partial(rounded, n.meta["val"]))
+                given = map_aggregate(given, functools.partial(rounded, n.meta["val"]))
             args, kwargs = torch.fx.map_arg(given, widen)
             wide = _call(graph, n.target, *args, **kwargs)
             if wide.meta["val"].dtype != torch.float32:
