@@ -60,6 +60,20 @@ def twice(p: Tensor, q: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return wide.float().to(bfloat16).float(), (wide.to(bfloat16).to(float16).float() + (q * 100).to(torch.int32) / 100) / 2
 
 
+def narrow(p: Tensor, c: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Kahan's sum with no cast: torch rounds the result of every operator, and some of the numbers."""
+    c = c - LR * g
+    new = p + c
+    return new, c - (new - p)
+
+
+def many_operators(p: Tensor, c: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    c = c * 0.9 + g * (1 - 0.9) - 0.01
+    scale = torch.tensor(1.1, dtype=torch.float64)
+    p = (p * 0.999 - c / (c.square().sqrt() + 0.1)).add(c, alpha=-0.3) * scale + scale / 1000
+    return torch.where(p > 1, p.tanh() * 1.3, p.clamp(-1.2, 2)) * p.sigmoid() + p.sum() * 1e-3, c / (1 + c.abs().amax()) ** 1.5
+
+
 STEPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]] = {
     "kahan": (kahan, lambda n: (torch.randn(n).to(bfloat16), torch.zeros(n, dtype=bfloat16), torch.randn(n).to(bfloat16))),
     "halves": (halves, lambda n: (torch.randn(n).to(bfloat16), torch.zeros(n, dtype=torch.int16), torch.randn(n))),
@@ -73,6 +87,14 @@ STEPS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Tensor, ...]]]]
             lambda n: (torch.randn(n), torch.zeros(n), torch.randn(n)),
         )
         for dtype in (bfloat16, float16, torch.float8_e4m3fn, torch.float8_e5m2)
+    },
+    **{
+        f"{step.__name__} {dtype}": (
+            step,
+            lambda n, dtype=dtype: (torch.randn(n).to(dtype), torch.zeros(n, dtype=dtype), torch.randn(n).to(dtype)),
+        )
+        for step in (narrow, many_operators)
+        for dtype in (bfloat16, float16)
     },
     "twice": (twice, lambda n: (torch.randn(n), torch.randn(n), torch.randn(n))),
 }
@@ -183,3 +205,32 @@ def test_threads_compile_at_once(count: int) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.endswith("done\n")
+
+
+FORK = """
+import os, torch, optfn
+
+def compiled(k):
+    p = torch.ones(5)
+    assert optfn.compile(lambda p: p * k, donate="p")(p).tolist() == [k] * 5
+    x = torch.randn(5)
+    torch.testing.assert_close(torch.compile(lambda x: x.sin() * k, backend=backend)(x), x.sin() * k)
+
+from optfn.compile.backend import backend
+compiled(2)
+child = os.fork()
+if not child:
+    compiled(3)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.codegen
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_compiles() -> None:
+    """Torch's own compile waits forever there, for threads that the child does not have."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == ["7"]

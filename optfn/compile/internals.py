@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import math
+import os
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,8 +16,10 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx.node import map_aggregate
 
 from optfn.compile.donation import copy
+from optfn.compile.phases import model_of
 
 __all__ = [
     "Guards",
@@ -70,7 +73,15 @@ _NEEDED = {
     "torch._inductor.async_compile": ("AsyncCompile",),
     "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
     "torch._inductor.config": (
-        *("_pre_fusion_custom_pass", "alignment_asserts", "emulate_precision_casts", "patch", "scalar_asserts", "size_asserts"),
+        *(
+            "_pre_fusion_custom_pass",
+            "alignment_asserts",
+            "compile_threads",
+            "emulate_precision_casts",
+            "patch",
+            "scalar_asserts",
+            "size_asserts",
+        ),
     ),
     "torch._inductor.custom_graph_pass": ("CustomSchedulerPass",),
     "torch._inductor.decomposition": ("select_decomp_table",),
@@ -129,11 +140,34 @@ def fake_of(mode: Any, x: Tensor) -> Any:
         return mode.from_tensor(x.detach(), static_shapes=True)
 
 
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What Inductor takes operators apart into."""
+    """What Inductor takes operators apart into; elementwise ones in float32, as torch computes them."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+    def elementwise(op: Any) -> bool:
+        return isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags
+
+    return {op: _in_float32(call) if elementwise(op) else call for op, call in select_decomp_table().items()}
+
+
+def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        dtypes = {x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()}
+        if len(dtypes) != 1 or not dtypes.issubset(_NARROW):
+            return call(*args, **kwargs)
+
+        def widen(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        result = call(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()})
+        return result.to(dtypes.pop()) if isinstance(result, Tensor) and result.dtype == torch.float32 else result
+
+    return wide
 
 
 def compiling() -> contextlib.AbstractContextManager[Any]:
@@ -153,7 +187,7 @@ def compile_regions(graphs: list[tuple[torch.fx.Graph, list[Any]]]) -> list[Call
     """
     by_size = sorted(range(len(graphs)), key=lambda i: -len(graphs[i][0].nodes))
     waits: list[Callable[[], None]] = []
-    with compiling():
+    with compiling(), _own_threads():
         _lower_copies()
         before = _waits.set(waits)
         try:
@@ -207,6 +241,16 @@ def _deferring_pass() -> Any:
     return DeferringPass()
 
 
+_PROCESS = os.getpid()
+
+
+def _own_threads() -> Any:
+    """In a forked process, a context in which the C++ compiler is not left to threads that only the first process has."""
+    from torch._inductor import config
+
+    return config.patch(compile_threads=1) if os.getpid() != _PROCESS else contextlib.nullcontext()
+
+
 def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[Any]], Sequence[Any]]:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -214,6 +258,7 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    _round_every_result(graph)
     _sum_by_rows(graph)
     module = torch.fx.GraphModule({}, graph)
     mode: Any = next(x.fake_mode for n in graph.nodes if isinstance(x := n.meta.get("val"), FakeTensor))
@@ -234,7 +279,52 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
 
 
 def _is_narrow(n: torch.fx.Node) -> bool:
-    return isinstance(x := n.meta.get("val"), Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+    return isinstance(x := n.meta.get("val"), Tensor) and x.dtype in _NARROW
+
+
+# Of these, torch's CPU kernels round numbers, and tensors of no dimension, to the dtype of the other operand first.
+_ROUND_NUMBERS = ("add", "sub", "rsub", "pow", "fmod", "remainder")
+
+
+def _round_every_result(graph: torch.fx.Graph) -> None:
+    """Say what torch does with bfloat16 and float16: it computes in float32, and rounds the result of every operator.
+
+    Inductor rounds what it writes, not what it goes on with. A model, which is planned as a whole, is left alone.
+    """
+    if model_of(graph):
+        return
+    convert, kinds = torch.ops.prims.convert_element_type.default, {torch.Tag.pointwise, torch.Tag.reduction}
+    widened: dict[torch.fx.Node, torch.fx.Node] = {}
+
+    def widen(a: torch.fx.Node) -> torch.fx.Node:
+        if _is_narrow(a) and a not in widened:
+            widened[a] = _call(graph, convert, a, torch.float32)
+        return widened.get(a, a)
+
+    def rounded(value: Tensor, a: Any) -> Any:
+        if isinstance(a, int | float) and not isinstance(a, bool):
+            return torch.tensor(a, dtype=value.dtype, device="cpu").item()
+        if isinstance(a, torch.fx.Node) and not _is_narrow(a) and value.ndim and a.meta["val"].ndim == 0:
+            return _call(graph, convert, a, value.dtype)
+        return a
+
+    for n in list(graph.nodes):
+        n.meta.pop("low_precision_pointwise_barrier", None)  # Inductor's own mark for this
+        if n.op != "call_function" or n.target is convert or not kinds.intersection(getattr(n.target, "tags", ())):
+            continue
+        if not _is_narrow(n) or not any(map(_is_narrow, n.all_input_nodes)):
+            continue
+        given: Any = n.args, n.kwargs
+        with graph.inserting_before(n):
+            if n.meta["val"].device.type == "cpu" and n.target.overloadpacket.__name__ in _ROUND_NUMBERS:
+                given = map_aggregate(given, functools.partial(rounded, n.meta["val"]))
+            args, kwargs = torch.fx.map_arg(given, widen)
+            wide = _call(graph, n.target, *args, **kwargs)
+            if wide.meta["val"].dtype != torch.float32:
+                graph.erase_node(wide)
+                continue
+            n.replace_all_uses_with(_call(graph, convert, wide, n.meta["val"].dtype))
+        graph.erase_node(n)
 
 
 def compile_with_inductor(
@@ -263,7 +353,7 @@ def compile_with_inductor(
 
     # Random numbers are torch's own, as in the step itself.
     changes = {"emulate_precision_casts": True, "fallback_random": True}
-    with functorch_config.patch(enable_autograd_cache=False), config.patch(changes):
+    with functorch_config.patch(enable_autograd_cache=False), config.patch(changes), _own_threads():
         return compile_fx(module, inputs, functools.partial(inner, whole), options or None, table)
 
 
@@ -289,9 +379,9 @@ def _sum_by_rows(graph: torch.fx.Graph) -> None:
         with graph.inserting_before(n):
             total = _total(x, n.meta["val"].dtype)
             if n.target in means:
-                total = _call(aten.div.Tensor, total, value.numel())
+                total = _call(graph, aten.div.Tensor, total, value.numel())
             if n.meta["val"].ndim:
-                total = _call(aten.view.default, total, [*n.meta["val"].shape])
+                total = _call(graph, aten.view.default, total, [*n.meta["val"].shape])
         n.replace_all_uses_with(total)
         graph.erase_node(n)
 
@@ -304,26 +394,26 @@ def _total(x: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
     """
     shape = x.meta["val"].shape
     if math.prod(shape) < 4 * _ROW:
-        return _call(aten.sum.dim_IntList, x, [], dtype=dtype)
+        return _call(x.graph, aten.sum.dim_IntList, x, [], dtype=dtype)
     first = max(d for d in range(len(shape)) if math.prod(shape[d:]) >= _ROW // 8)  # a row has this dimension and all later ones
     size, most = shape[first], _ROW // math.prod(shape[first + 1 :])
     if size > most:
         part = max(n for n in range(1, most + 1) if size % n == 0)
         if part < most // 4:
             end = size - size % most
-            whole, rest = (_call(aten.slice.Tensor, x, first, *ends) for ends in ((0, end), (end, size)))
-            return _call(aten.add.Tensor, _total(whole, dtype), _total(rest, dtype))
-        x = _call(aten.view.default, x, [*shape[:first], size // part, part, *shape[first + 1 :]])
+            whole, rest = (_call(x.graph, aten.slice.Tensor, x, first, *ends) for ends in ((0, end), (end, size)))
+            return _call(x.graph, aten.add.Tensor, _total(whole, dtype), _total(rest, dtype))
+        x = _call(x.graph, aten.view.default, x, [*shape[:first], size // part, part, *shape[first + 1 :]])
         first += 1
-    rows = _call(aten.sum.dim_IntList, x, [*range(first, x.meta["val"].ndim)], dtype=dtype)
+    rows = _call(x.graph, aten.sum.dim_IntList, x, [*range(first, x.meta["val"].ndim)], dtype=dtype)
     return _total(rows, dtype)
 
 
-def _call(target: OpOverload, x: torch.fx.Node, *args: Any, **kwargs: Any) -> torch.fx.Node:
+def _call(graph: torch.fx.Graph, target: OpOverload, *args: Any, **kwargs: Any) -> torch.fx.Node:
     """A new node where nodes are inserted now."""
-    given = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in (x, *args)]
-    node = x.graph.call_function(target, (x, *args), kwargs)
-    node.meta["val"] = target(*given, **kwargs)
+    node = graph.call_function(target, args, kwargs)
+    given: Any = torch.fx.map_arg((args, kwargs), lambda a: a.meta["val"])
+    node.meta["val"] = target(*given[0], **given[1])
     return node
 
 
