@@ -24,6 +24,7 @@ from torch.nn import functional
 
 import optfn
 from optfn.compile import costs, internals, regions
+from optfn.compile.rewrites import sum_by_rows
 from optfn.compile.trace import trace
 
 
@@ -638,7 +639,7 @@ def test_sums_of_rows_are_the_sums(shape: tuple[int, ...], dtype: torch.dtype) -
     x = eighths(shape, dtype)
     traced = trace(lambda x: [*many_sums(x).values()], [x])
     before = str(traced.graph)
-    internals._sum_by_rows(traced.graph)
+    sum_by_rows(traced.graph)
     assert (str(traced.graph) == before) is (x.numel() < 4096)
     traced.graph.lint()
     results = torch.fx.GraphModule({}, traced.graph)(x, *traced.constants)

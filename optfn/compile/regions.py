@@ -27,6 +27,7 @@ from optfn.compile.costs import Work, not_worth, work_of
 from optfn.compile.failing import check_indices
 from optfn.compile.internals import KEEPS_ORDER, OpOverload
 from optfn.compile.phases import Phases, connected, is_write, phases_of
+from optfn.compile.rewrites import round_every_result, sum_by_rows
 from optfn.compile.scalars import together
 
 __all__ = ["Program", "split"]
@@ -172,7 +173,11 @@ class _Splitter:
         results = [self.slots[a] if isinstance(a, Node) else (a,) for a in self.final]
         self.forget([r for r in results if isinstance(r, int)])
         regions = [region for _, region in self.regions.values()]
-        generated = iter(compile_regions([region.graph() for region in regions if not region.called]))
+        graphs = [region.graph() for region in regions if not region.called]
+        for region_graph, _ in graphs:
+            round_every_result(region_graph)
+            sum_by_rows(region_graph)
+        generated = iter(compile_regions(graphs))
         self.compiled += [_in_order(region.graph()[0]) if region.called else next(generated) for region in regions]
         return Program(self.steps, self.size, results, sum(not region.called for region in regions), self.calls)
 
