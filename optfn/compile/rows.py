@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optfn import tree
 
-__all__ = ["holds_sparse", "step_on_rows"]
+__all__ = ["is_sparse", "step_on_rows"]
 
 _aten = torch.ops.aten
 _ROW_WRITES = {
@@ -17,14 +17,14 @@ _ROW_WRITES = {
 }
 
 
-def holds_sparse(arguments: Any) -> bool:
-    """Whether a leaf of the arguments is a sparse COO tensor, which torch.compile does not take (torch 2.13).
+def is_sparse(x: Any) -> bool:
+    """Whether something is a sparse COO tensor, which torch.compile does not take (torch 2.13).
 
     Example:
-        >>> holds_sparse({"rows": torch.eye(2).to_sparse(), "w": torch.ones(2)})
-        True
+        >>> is_sparse(torch.eye(2).to_sparse()), is_sparse(torch.ones(2))
+        (True, False)
     """
-    return any(map(_is_sparse, tree.flatten(arguments)[0]))
+    return isinstance(x, Tensor) and x.layout == torch.sparse_coo
 
 
 def step_on_rows(
@@ -51,7 +51,7 @@ def step_on_rows(
         The result, with the donated tensors in their places; its other tensors share memory with nothing.
     """
     # The rows of a sparse gradient are rows of what has its shape; all other tensors are handed on as they are.
-    shapes = {x.shape for x in tree.flatten((args, kwargs))[0] if _is_sparse(x)}
+    shapes = {x.shape for x in tree.flatten((args, kwargs))[0] if is_sparse(x)}
     step = _Step()
     tables = {id(x): _Table(step, x, ()) for x in donated if x.shape in shapes}
     args, kwargs = tree.map(lambda x: tables.get(id(x), x), (args, kwargs))
@@ -80,10 +80,6 @@ def _settled(x: Any, target: Tensor | None, memory: set[int]) -> Any:
     if not isinstance(x, Tensor) or x is target or (target is not None and _memory(x) not in memory):
         return x
     return x.clone()
-
-
-def _is_sparse(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout == torch.sparse_coo
 
 
 def _memory(x: Tensor) -> int:
@@ -197,7 +193,7 @@ def _row_write(func: Any, args: Any, kwargs: Any) -> _Write | None:
         return None
     factor = kwargs.get("alpha", 1)
     if func in (_aten.add.Tensor, _aten.sub.Tensor):
-        if not _is_sparse(args[1]) or args[1].shape != x.shape or not args[1].sparse_dim():
+        if not is_sparse(args[1]) or args[1].shape != x.shape or not args[1].sparse_dim():
             return None
         indices, values = list(args[1]._indices()), args[1]._values()
         factor = factor if func is _aten.add.Tensor else -factor

@@ -102,11 +102,12 @@ def compile(
             if call is not None and call[0].program is not None:
                 return call[0].run(call[1])
             bound = signature.bind(*args, **kwargs)
+            leaves = tree.leaves((args, kwargs))
             if call is None and donated:
                 check_memory(bound.arguments, {name for _, name in donated})
-                if internals.function_modes() is None or any(map(_has_no_memory, tree.leaves(bound.arguments))):
-                    return _eagerly(fn, donated, bound)
-            if any(map(_has_bits, leaves := tree.leaves((args, kwargs)))):
+            if any(map(rows.is_sparse, leaves)) or (donated and (internals.function_modes() is None or any(map(_is_meta, leaves)))):
+                return _eagerly(fn, donated, bound)
+            if any(map(_has_bits, leaves)):
                 found = _without_bits(calls, (args, kwargs))
                 return found[0] if found else _eagerly(fn, donated, bound)
             if call is None and calls is not None:
@@ -140,9 +141,8 @@ def _eagerly(fn: Callable[..., Any], donated: list[tuple[int, str]], bound: insp
     return rows.step_on_rows(fn, bound.args, bound.kwargs, held, lambda leaves, spec: replacements(leaves, spec, given))
 
 
-def _has_no_memory(x: Any) -> bool:
-    """Whether a tensor is no block of numbers, which compiled code wants."""
-    return isinstance(x, Tensor) and (x.layout == torch.sparse_coo or x.is_meta)
+def _is_meta(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_meta
 
 
 def _has_bits(x: Any) -> bool:
