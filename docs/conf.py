@@ -45,8 +45,9 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: no
     domain = env.domains["py"]
     if (public := f"optfn.{target.rsplit('.', 1)[-1]}") in domain.objects:
         return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], public, node, contents)
-    # A type in a signature that is not ours, such as Callable, stays text.
-    return contents if node["reftype"] == "class" and not target.startswith("optfn.") else None
+    # A type in a signature that is not ours, such as Callable, or that nobody makes but us, stays text.
+    theirs = not target.startswith("optfn.") or target.rsplit(".", 1)[-1].startswith("_")
+    return contents if node["reftype"] == "class" and theirs else None
 
 
 def setup(app: Sphinx) -> None:
