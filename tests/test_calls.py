@@ -302,6 +302,87 @@ def test_several_threads_call_one_step() -> None:
     assert programs(step) == 1
 
 
+SWALLOWED = {
+    "item": lambda p, x: float(x),
+    "a branch": lambda p, x: 2.0 if x > 0 else 3.0,
+    "random": lambda p, x: torch.rand(()) * 0 + 3.0,
+    "an attribute": lambda p, x: p.rate,
+    "an attribute of its own": lambda p, x: p._rate,
+}
+
+
+@pytest.mark.parametrize("name", SWALLOWED)
+def test_a_refusal_that_the_step_swallows_is_kept(name: str) -> None:
+    read = SWALLOWED[name]
+
+    def step(p: Tensor, x: Tensor) -> Tensor:
+        try:
+            factor = read(p, x)
+        except:  # noqa: E722
+            factor = 0.1
+        return p * factor
+
+    for value in (3.0, -1.0):
+        p = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+        p.rate = p._rate = value
+        x = torch.tensor(value)
+        expected = step(p, x)
+        try:
+            assert torch.equal(optfn.compile(step, donate="p")(p, x), expected)
+        except torch._dynamo.exc.Unsupported:
+            assert name == "a branch"
+            assert p.tolist() == [1.0, 1.0]
+
+
+def test_donated_tensors_that_overlap_what_the_step_finds_elsewhere() -> None:
+    base, held = torch.arange(4.0), [torch.ones(4)]
+    r = base[1:3]
+    step = optfn.compile(lambda p: p + r, donate="p")
+    for at in (0, 2):
+        expected = base[at : at + 2] + r
+        assert torch.equal(step(base[at : at + 2]), expected)
+    reverse = optfn.compile(lambda p: p + held[0].flip(0), donate="p")
+    reverse(torch.arange(4.0))
+    p = torch.arange(4.0)
+    held[0] = p[:]
+    assert reverse(p).tolist() == [3.0] * 4
+
+
+def test_arguments_by_name_stay_by_name() -> None:
+    def step(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        return args[0] * (1 + len(kwargs)) * len(names)
+
+    names = ["one"]
+
+    def declared(p: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    step.__wrapped__ = declared
+    p, x = torch.ones(2), torch.ones(2)
+    assert optfn.compile(step, donate="p")(p, x=x).tolist() == [2.0, 2.0]
+
+
+def test_another_threads_compile_is_none_of_ours() -> None:
+    step = optfn.compile(lambda p: p + 1, donate="p")
+    step(torch.ones(2))
+    other = threading.Thread(target=lambda: torch.compile(lambda x: x.sin() + 1, backend="aot_eager")(torch.ones(3)))
+    other.start()
+    p = torch.zeros(2)
+    calls = 0
+    while other.is_alive() or not calls:
+        step(p)
+        calls += 1
+    other.join()
+    assert p.tolist() == [calls, calls]
+
+
+def test_a_device_among_the_arguments_is_recorded_once() -> None:
+    step = optfn.compile(lambda p, device: p + torch.ones(2, device=device), donate="p")
+    for _ in range(3):
+        assert step(torch.ones(2), torch.device("cpu")).tolist() == [2.0, 2.0]
+    assert len(step._calls.calls) == 1
+
+
 # Who is left to Dynamo
 
 

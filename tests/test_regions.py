@@ -693,3 +693,16 @@ def test_equal_calls_are_one_and_others_are_not() -> None:
     assert step._calls.calls[0].program is not None
     targets = [n.target for g in graphs for n in g.nodes]
     assert targets.count(torch.ops.aten.abs.default) == 1
+
+
+MADE_OF_VIEWS = (lambda p: p.roll(1), lambda p: p.flip(0), lambda p: p.reshape(4, -1).roll(1, 0).reshape(-1))
+
+
+@pytest.mark.codegen
+def test_operators_that_are_made_of_views() -> None:
+    """A decomposition may call operators that are made of others; what they read is overwritten only after that."""
+    params = [torch.arange(4096.0) for _ in MADE_OF_VIEWS]
+    expected = [make(p) for make, p in zip(MADE_OF_VIEWS, params, strict=True)]
+    step = optfn.compile(lambda params: [make(p) for make, p in zip(MADE_OF_VIEWS, params, strict=True)], donate="params")
+    step(params)
+    same(params, expected)

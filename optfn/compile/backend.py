@@ -1,6 +1,7 @@
 """The torch.compile backend "optfn": Inductor, region by region."""
 
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from optfn.compile import internals
+from optfn.compile.donation import Memory
 from optfn.compile.failing import strict
 from optfn.compile.phases import is_write
 from optfn.compile.regions import split
 
-__all__ = ["backend"]
+__all__ = ["EagerError", "backend"]
+
+
+class EagerError(Exception):
+    """A compiled step would be wrong for this call; nothing has been written."""
 
 
 def backend(graph: GraphModule, inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -40,10 +46,20 @@ def backend(graph: GraphModule, inputs: list[Any], *, mode: str | None = None, o
 def _inner(whole: Callable[..., Any], module: GraphModule, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     if not kwargs.get("is_inference") or not _splits(module, inputs):
         return whole(module, inputs, *args, **kwargs)
+    given = [n for n in module.graph.nodes if n.op == "placeholder"]
+    written = {n.all_input_nodes[0] for n in module.graph.nodes if is_write(n)}
+    memory = Memory(inputs, [i for i, n in enumerate(given) if n in written])
     with internals.no_modes():
         program = split(module.graph, internals.compile_regions)
-    run: Any = lambda values: program(values)  # noqa: E731
-    run._boxed_call = True
+
+    def run(values: list[Any]) -> Any:
+        with lock:
+            if written and not memory.apart(values):
+                raise EagerError("what is written shares memory with another tensor that the step reads")
+        return program(values)
+
+    lock = threading.Lock()
+    run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 

@@ -33,7 +33,7 @@ _NOTHING: Any = object()
 
 _NUMBERS = (bool, int, float, complex)
 _IMMUTABLE = {
-    *(type(None), type(...), *_NUMBERS, str, bytes, range, slice, inspect.Signature),
+    *(type(None), type(...), *_NUMBERS, str, bytes, range),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo, torch.iinfo),
     *(OpOverload, OpOverloadPacket),
 }
@@ -43,7 +43,6 @@ _TYPES = {
     *(torch.Tensor, torch.nn.Parameter, torch.Size, torch.device, torch.dtype, torch.finfo, torch.iinfo),
     *(torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.autocast),
 }
-_ANNOTATIONS = (types.GenericAlias, types.UnionType, type(typing.Any))
 _FUNCTIONS = {
     *(abs, all, any, callable, divmod, isinstance, issubclass, iter, len, max, min, next, pow, round, sorted, sum),
     *(functools.reduce, torch.is_tensor, torch.is_grad_enabled, torch.get_default_dtype),
@@ -64,8 +63,10 @@ _FORBIDDEN = {
     *("IMPORT_NAME", "IMPORT_FROM", "IMPORT_STAR", "LOAD_BUILD_CLASS", "LOAD_NAME", "LOAD_LOCALS", "LOAD_CLASSDEREF"),
     *("LOAD_FROM_DICT_OR_DEREF", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_SUPER_ATTR", "SETUP_ANNOTATIONS", "PRINT_EXPR"),
     *("STORE_NAME", "STORE_GLOBAL", "STORE_ATTR", "DELETE_NAME", "DELETE_GLOBAL", "DELETE_ATTR", "DELETE_DEREF"),
-    *("GET_AWAITABLE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH", "SEND"),
+    *("GET_AWAITABLE", "GET_AITER", "GET_ANEXT", "BEFORE_ASYNC_WITH", "SEND", "MATCH_CLASS"),
 }
+_LOOKS_UP = {"format", "format_map", "func", "keywords"}  # what these find is not seen here
+_OF_TENSORS = dict(vars(torch.Tensor))
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _ALWAYS_IN_A_NAMED_TUPLE = {
     *("__slots__", "__doc__", "__module__", "__annotations__", "__orig_bases__", "__match_args__", "__new__", "__repr__"),
@@ -143,11 +144,11 @@ def bindings(fn: Callable[..., Any], classes: Iterable[type] = ()) -> Bindings |
         fn: the function.
         classes: the NamedTuples among its arguments.
     """
-    found = _Reader()
     try:
-        found.value(fn)
+        found = _Reader()
         for kind in classes:
             found.named_tuple(kind)
+        found.value(fn)
     except _ChangeableError as reason:
         internals.log.debug("%s is left to Dynamo: %s", fn, reason)
         return None
@@ -165,6 +166,16 @@ def is_plain_class(kind: type) -> bool:
     """
     extra = {*vars(kind)} - _ALWAYS_IN_A_NAMED_TUPLE - {*getattr(kind, "_fields", ())}
     return is_named_tuple(kind) and type(kind) is type and not extra
+
+
+@functools.cache
+def _attribute_names() -> frozenset[str]:
+    """Attributes of what does not change, or is the function's own: tensors, containers, numbers, and entries of our states."""
+    import optfn
+
+    fields = [name for kind in vars(optfn).values() if isinstance(kind, type) for name in getattr(kind, "_fields", ())]
+    names = {name for kind in (*_IMMUTABLE, *_TYPES) for name in dir(kind)} | {*fields}
+    return frozenset(name for name in names if not name.startswith("__") and name not in _LOOKS_UP)
 
 
 def _attributes(x: Any) -> dict[str, Any]:
@@ -201,6 +212,8 @@ class _Reader:
     def __init__(self) -> None:
         self.bindings = Bindings()
         self.seen: dict[int, Any] = {}
+        self.fields: set[str] = set()  # of NamedTuples of the user's
+        self.require(dict(vars(torch.Tensor)) == _OF_TENSORS, "what a tensor does")
 
     def value(self, x: Any, *, ours: bool = False) -> None:
         """What the function may do anything with: hand on, call, ask for attributes.
@@ -221,6 +234,10 @@ class _Reader:
             self.values(x, ours)
         elif kind is types.FunctionType:
             self.function(x)
+        elif kind is slice:
+            self.values((x.start, x.stop, x.step), ours)
+        elif kind is inspect.Signature:
+            self.require(ours, "a signature")
         elif kind is functools.partial:
             self.look(_of_partial, x)
             self.values((x.func, x.args, *x.keywords.values()), ours)
@@ -235,8 +252,8 @@ class _Reader:
         elif ours and kind in (dict, collections.OrderedDict, types.MappingProxyType):
             self.look(_of_mapping, x)
             self.values(x.values(), ours)
-        elif kind in _ANNOTATIONS or getattr(typing, kind.__name__, None) is kind:
-            return  # it says what a thing is, and does nothing
+        elif x is typing.Any or kind is types.UnionType or typing.get_origin(x) in _TYPES:
+            self.values(typing.get_args(x), ours)  # an annotation
         else:
             self.require(x in _TYPES if isinstance(x, type) else False, f"an object of {kind.__qualname__}")
 
@@ -260,7 +277,9 @@ class _Reader:
             return
         self.seen[id(kind)] = kind
         self.require(is_plain_class(kind), f"what stands in the class {kind.__qualname__}")
+        self.fields.update(getattr(kind, "_fields", ()))
         self.look(lambda x: _of_mapping(vars(x)), kind)
+        self.look(_of_function, getattr(kind, "__new__"))  # noqa: B009
 
     def function(self, f: types.FunctionType) -> None:
         known = _is_known(f.__globals__)
@@ -279,32 +298,33 @@ class _Reader:
         """All that a piece of code of ``f`` finds by name; ``cells`` are variables of functions around ``f``."""
         self.require(not code.co_flags & inspect.CO_COROUTINE, "a coroutine")
         instructions = list(dis.get_instructions(code))
+        placed: set[int] = set()  # attributes that are asked of what is known
         for i, step in enumerate(instructions):
             self.require(step.opname not in _FORBIDDEN, f"with {step.opname}, something")
-            if step.opname in _ATTRIBUTE:
-                self.require(not step.argval.startswith("__"), f"the attribute {step.argval}")
-                self.of_tensors(step.argval)
             attributes: list[str] = []
             for after in instructions[i + 1 :]:
                 if after.opname not in _ATTRIBUTE:
                     break
                 attributes.append(after.argval)
             if step.opname == "LOAD_GLOBAL":
-                self.attribute(self.named(f, step.argval), attributes)
+                placed.update(range(i + 1, i + 1 + self.attribute(self.named(f, step.argval), attributes)))
             elif "DEREF" in step.opname and step.argval in cells:
                 self.require(step.opname == "LOAD_DEREF", f"the variable {step.argval}")
-                self.attribute(self.held(cells[step.argval], step.argval), attributes)
+                placed.update(range(i + 1, i + 1 + self.attribute(self.held(cells[step.argval], step.argval), attributes)))
+            elif step.opname in _ATTRIBUTE and i not in placed:
+                self.of_anything(step.argval)
         for inner in code.co_consts:
             if isinstance(inner, types.CodeType):
                 shared = {*inner.co_freevars} - {*code.co_cellvars}
                 self.code(inner, f, {name: cell for name, cell in cells.items() if name in shared})
 
-    def of_tensors(self, name: str) -> None:
-        """An attribute of anything, of a tensor perhaps: of those torch's own are known, and stay."""
+    def of_anything(self, name: str) -> None:
+        """An attribute of who knows what: a tensor, a container, a number, an entry of a NamedTuple."""
         kinds: Any = vars(torch.Tensor)
-        value = getattr(torch.Tensor, name, None)
-        self.bindings.names.append((kinds, name, kinds.get(name, _NOTHING)))
-        self.require(not isinstance(value, types.FunctionType) or _is_known(value.__globals__), f"the method {name} of tensors")
+        value = kinds.get(name, _NOTHING)
+        self.bindings.names.append((kinds, name, value))
+        self.require(value is _OF_TENSORS.get(name, _NOTHING), f"the attribute {name} of tensors")
+        self.require(name in _attribute_names() or name in self.fields, f"the attribute {name}")
 
     def named(self, f: types.FunctionType, name: str) -> Any:
         for names in (f.__globals__, f.__builtins__):  # pyright: ignore[reportAttributeAccessIssue]
@@ -322,19 +342,33 @@ class _Reader:
         self.bindings.cells.append((cell, value))
         return value
 
-    def attribute(self, x: Any, attributes: list[str]) -> None:
-        """A value of which the function asks these attributes, one of the other, before it does anything else with it."""
+    def attribute(self, x: Any, attributes: list[str]) -> int:
+        """A value of which the function asks these attributes, one of the other, before it does anything else with it.
+
+        Returns:
+            How many of them are of something known.
+        """
         rest = list(attributes)
-        while rest and isinstance(x, types.ModuleType):
-            names, name = vars(x), rest.pop(0)
-            self.require(name in names, f"the attribute {name} of {x.__name__}")
-            self.bindings.names.append((names, name, names[name]))
-            x = names[name]
+        while rest and (type(x) is types.ModuleType or rest[0] in getattr(type(x), "_fields", ())):
+            name = rest.pop(0)
+            if type(x) is types.ModuleType:
+                names = vars(x)
+                self.require(name in names, f"the attribute {name} of {x.__name__}")
+                self.bindings.names.append((names, name, names[name]))
+                x = names[name]
+            else:
+                self.named_tuple(type(x))
+                x = getattr(x, name)
         self.require(not isinstance(x, types.ModuleType), "a module as a value")
-        self.require(not rest or not isinstance(x, Tensor) or hasattr(Tensor, rest[0]), "an attribute of a tensor")
         if isinstance(x, types.FunctionType):
             self.look(_of_function, x)
+            self.require(not rest or rest[0] in x.__dict__, "an attribute of a function")
+            rest = rest[1:]
+        elif isinstance(x, type) and rest:
+            self.require(x in _TYPES and hasattr(x, rest[0]), f"an attribute of {x.__qualname__}")
+            rest = rest[1:]
         self.value(x)
+        return len(attributes) - len(rest)
 
 
 def _is_known_class(kind: type) -> bool:

@@ -3,6 +3,7 @@
 import bisect
 import inspect
 import itertools
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,14 +16,15 @@ __all__ = ["Memory", "check_memory", "copy", "donated_arguments", "replacements"
 
 
 def donated_arguments(signature: inspect.Signature, donate: str | int | Iterable[str | int]) -> list[tuple[int, str]]:
-    """Position and name of the donated arguments, in the order of the signature."""
+    """Position and name of the donated arguments, in the order of the signature; an argument by name alone has no position."""
     names = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     chosen = [donate] if isinstance(donate, str | int) else list(donate)
     for which in chosen:
         if which not in names if isinstance(which, str) else not 0 <= which < len(names):
             raise ValueError(f"donate: the function has no argument {which!r}; its arguments are {', '.join(names)}")
     wanted = {which if isinstance(which, str) else names[which] for which in chosen}
-    return [(i, name) for i, name in enumerate(names) if name in wanted]
+    by_name = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return [(sys.maxsize if name in by_name else i, name) for i, name in enumerate(names) if name in wanted]
 
 
 def check_memory(arguments: dict[str, Any], donated: set[str]) -> None:

@@ -107,7 +107,13 @@ _OF_TARGETS = {  # and where the scores are among the arguments, with the target
     aten.nll_loss2d_backward.default: 1,
 }
 # Decomposed, these would not fail where they do, or the other way round.
-_KEPT = {aten.masked_scatter.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor}
+_KEPT = {
+    aten.binary_cross_entropy.default,
+    aten.binary_cross_entropy_backward.default,
+    aten.masked_scatter.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+}
 _FINDS_PLACES = {  # the second result is where in a dimension the first one was found
     *(aten.sort.default, aten.sort.stable, aten.topk.default, aten.kthvalue.default, aten.max.dim, aten.min.dim),
     *(aten.median.dim, aten.mode.default, aten.cummax.default, aten.cummin.default),

@@ -140,6 +140,8 @@ class _Table(Tensor):
     # What matters here comes to __torch_dispatch__.
     __torch_function__: Any = torch._C._disabled_torch_function_impl  # pyright: ignore[reportPrivateUsage]
     data = property(lambda self: self.read().data)
+    grad: Any = property(lambda self: self.base.grad)  # pyright: ignore[reportIncompatibleVariableOverride]
+    storage_offset, _is_view = map(_of_what_is_read, ("storage_offset", "_is_view"))
     data_ptr, untyped_storage, tolist = map(_of_what_is_read, ("data_ptr", "untyped_storage", "tolist"))
     numpy, __array__, __dlpack__ = map(_of_what_is_read, ("numpy", "__array__", "__dlpack__"))
     __deepcopy__, __reduce_ex__, __repr__ = map(_of_what_is_read, ("__deepcopy__", "__reduce_ex__", "__repr__"))
@@ -147,9 +149,18 @@ class _Table(Tensor):
     @staticmethod
     def __new__(cls: type["_Table"], step: _Step, base: Tensor, writes: tuple[_Write, ...]) -> "_Table":
         strides = (torch.empty_like(base, device="meta") if writes else base).stride()
-        self = Tensor._make_wrapper_subclass(cls, base.shape, strides, dtype=base.dtype, device=base.device)
+        self = Tensor._make_wrapper_subclass(
+            cls, base.shape, strides, dtype=base.dtype, device=base.device, requires_grad=base.requires_grad and not writes
+        )
+        self._is_param = isinstance(base, torch.nn.Parameter) and not writes  # type: ignore[attr-defined]
         self.step, self.base, self.writes, self.made = step, base, writes, []
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What somebody has set on the parameter."""
+        if name in ("step", "base", "writes", "made") or self.writes:
+            raise AttributeError(name)
+        return getattr(self.base, name)
 
     def write_to(self, x: Tensor) -> None:
         for write in self.writes:

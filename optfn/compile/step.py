@@ -18,6 +18,7 @@ from optfn import tree
 from optfn.checks import check_step
 from optfn.compile import backend as backend_of_regions
 from optfn.compile import internals, rows
+from optfn.compile.backend import EagerError
 from optfn.compile.closure import Bindings, bindings, same_number
 from optfn.compile.donation import Memory, check_memory, donated_arguments, replacements
 from optfn.compile.donation import copy as copied
@@ -95,7 +96,7 @@ def compile(
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if donated and (torch.compiler.is_compiling() or internals.is_transformed()):
+        if donated and (torch.compiler.is_dynamo_compiling() or internals.is_transformed()):
             raise RuntimeError(_INSIDE)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not donated):
             call = None if calls is None else calls.find(args, kwargs)
@@ -106,21 +107,24 @@ def compile(
             if call is None and donated:
                 check_memory(bound.arguments, {name for _, name in donated})
             if any(map(rows.is_sparse, leaves)) or (donated and (internals.function_modes() is None or any(map(_is_meta, leaves)))):
-                return _eagerly(fn, donated, bound)
+                return _eagerly(fn, donated, bound, args, kwargs)
             if any(map(_has_bits, leaves)):
                 found = _without_bits(calls, (args, kwargs))
-                return found[0] if found else _eagerly(fn, donated, bound)
+                return found[0] if found else _eagerly(fn, donated, bound, args, kwargs)
             if call is None and calls is not None:
                 call = calls.add(args, kwargs)
                 if call is not None and call[0].program is not None:
                     return call[0].run(call[1])
             if call is not None and call[0].eager:
-                return _eagerly(fn, donated, bound)
+                return _eagerly(fn, donated, bound, args, kwargs)
             # Dynamo takes -0.0 for 0.0 (torch 2.13), also in what stands in a container of another kind.
             special = [repr(x) for x in leaves if isinstance(x, float) and not x]
             if call is None and calls is not None:
                 special.append(repr(tree.flatten((args, kwargs))[1]))
-            return by_dynamo(bound, tuple(special))
+            try:
+                return by_dynamo(args, kwargs, tuple(special))
+            except EagerError:
+                return _eagerly(fn, donated, bound, args, kwargs)
 
     run._calls = calls  # type: ignore[attr-defined]
     return run
@@ -132,13 +136,15 @@ _INSIDE = (
 )
 
 
-def _eagerly(fn: Callable[..., Any], donated: list[tuple[int, str]], bound: inspect.BoundArguments) -> Any:
+def _eagerly(
+    fn: Callable[..., Any], donated: list[tuple[int, str]], bound: inspect.BoundArguments, args: Any, kwargs: dict[str, Any]
+) -> Any:
     """The step by itself: with sparse or meta tensors, or under a mode that looks at each call, or changes it."""
     if not donated:
-        return fn(*bound.args, **bound.kwargs)
+        return fn(*args, **kwargs)
     given = [(name, bound.arguments[name]) for _, name in donated if name in bound.arguments]
     held = tree.leaves([x for _, x in given])
-    return rows.step_on_rows(fn, bound.args, bound.kwargs, held, lambda leaves, spec: replacements(leaves, spec, given))
+    return rows.step_on_rows(fn, args, kwargs, held, lambda leaves, spec: replacements(leaves, spec, given))
 
 
 def _is_meta(x: Any) -> bool:
@@ -172,15 +178,18 @@ def _without_bits(calls: "_Calls | None", given: tuple[Any, Any]) -> tuple[Any] 
 
 def _by_dynamo(
     fn: Callable[..., Any], donated: list[tuple[int, str]], backend: str | Callable[..., Any]
-) -> Callable[[inspect.BoundArguments, tuple[str, ...]], Any]:
-    """The step by torch.compile, as a function of the arguments, and of what tells calls apart that Dynamo does not."""
+) -> Callable[[tuple[Any, ...], dict[str, Any], tuple[str, ...]], Any]:
+    """The step by torch.compile, as a function of the arguments, and of what tells calls apart that Dynamo does not.
+
+    It raises an :class:`EagerError`, before anything is written, where Dynamo would get the step wrong.
+    """
     in_graph = backend in ("eager", "aot_eager") or (backend is backend_of_regions.backend and internals.KEEPS_ORDER)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = fn(*args, **kwargs)
         if not donated:
             return result, []
-        given = [(name, args[i] if i < len(args) else kwargs[name]) for i, name in donated if i < len(args) or name in kwargs]
+        given = [(name, kwargs[name] if name in kwargs else args[i]) for i, name in donated if name in kwargs or i < len(args)]
         return _replace(result, given, in_graph)
 
     @functools.cache
@@ -195,20 +204,22 @@ def _by_dynamo(
         )
         return torch.compile(own, fullgraph=True, backend=backend)
 
-    def run(bound: inspect.BoundArguments, special: tuple[str, ...]) -> Any:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], special: tuple[str, ...]) -> Any:
         if not surroundings().hold():
             surroundings.cache_clear()
             compiled.cache_clear()
         if not surroundings().compiles:
-            return _eagerly(fn, donated, bound)
+            raise EagerError
         try:
             with internals.guarded():
-                result, late = compiled(special)(bound.args, bound.kwargs)
+                result, late = compiled(special)(args, kwargs)
+        except EagerError:
+            raise
         except Exception as error:
             if _INSIDE in str(error):
                 raise RuntimeError(_INSIDE) from None
             # What is wrong with the arguments is said best by the function itself, on copies.
-            if (own := _error(step, bound)) is not None:
+            if (own := _error(step, args, kwargs)) is not None:
                 raise own from None
             raise
         for old, new in late:
@@ -242,14 +253,14 @@ def _replace(result: Any, given: list[tuple[str, Any]], in_graph: bool) -> tuple
     return tree.unflatten(spec, new), late
 
 
-def _error(step: Callable[..., Any], bound: inspect.BoundArguments) -> Exception | None:
+def _error(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """What the step raises when it is run eagerly, on copies of its arguments."""
 
     def copy(x: Any) -> Any:
         return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
     try:
-        step(*tree.map(copy, (bound.args, bound.kwargs)))
+        step(*tree.map(copy, (args, kwargs)))
     except Exception as error:
         return error
     return None
@@ -328,9 +339,12 @@ class _Call:
                 given[i] = given[j]
             args, kwargs = self.structure.unflatten(given)
             arguments = signature.bind(*args, **kwargs).arguments
-            before = tree.flatten(arguments)
-            results, result_structure = tree.flatten(fn(*args, **kwargs))
-            _check_unchanged(before, tree.flatten(arguments))
+            result = fn(*args, **kwargs)
+            after = self.structure.match((args, kwargs))
+            if after is None or any(x is not y for x, y in zip(given, after, strict=True)):
+                raise NotTraceableError("the function changes a container that it is given")
+            Structure(result, [])  # raises for containers that would come back as others
+            results, result_structure = tree.flatten(result)
             if odd := [x for x in results if not (isinstance(x, Tensor) or type(x) in _CONSTANTS)]:
                 raise NotTraceableError(f"a {type(odd[0]).__name__} among the results is made anew at each call")
             number = {id(x): j for j, x in enumerate(inputs)}
@@ -349,6 +363,7 @@ class _Call:
             return
         memory = Memory([*tensors, *traced.constants], self.donated)
         if not memory.apart([*tensors, *traced.constants]):
+            self.eager = True
             return
         self.memory, self.held, self.outside, self.bindings = memory, traced.constants, outside, bindings
         self.guards = internals.Guards([*tensors, *outside])
@@ -372,12 +387,7 @@ def _is_plain(x: Any) -> bool:
 
 def _equal(x: Any, constant: Any) -> bool:
     """Whether a leaf that is no tensor cannot be told from what it was."""
-    return type(x) is type(constant) and (x == constant if isinstance(x, str | bytes) else same_number(x, constant))
-
-
-def _check_unchanged(before: tuple[list[Any], Any], after: tuple[list[Any], Any]) -> None:
-    if before[1] != after[1] or any(x is not y for x, y in zip(before[0], after[0], strict=True)):
-        raise NotTraceableError("the function changes a container that it is given")
+    return type(x) is type(constant) and (same_number(x, constant) if isinstance(x, int | float | complex) else x == constant)
 
 
 def _write(graph: Graph, targets: dict[int, int]) -> list[Any]:

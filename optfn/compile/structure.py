@@ -76,12 +76,11 @@ class Structure:
         key_kinds = {*map(type, keys)}
         if not key_kinds <= {str, int, bool}:
             raise UnknownContainerError("a key of a dict is neither a string nor a whole number")
-        # Only a string equals a string, but True equals 1.
-        exact = None if key_kinds <= {str} else [*map(type, keys)]
+        kinds = [*map(type, keys)]  # True equals 1, and an enumeration's member may equal a string
         read_values, builds = self._of_children([*node.values()], leaves)
 
         def read(x: Any, found: list[Any]) -> bool:
-            if type(x) is not kind or list(x) != keys or (exact is not None and [*map(type, x)] != exact):
+            if type(x) is not kind or list(x) != keys or [*map(type, x)] != kinds:
                 return False
             return (kind is not defaultdict or x.default_factory is factory) and read_values(x.values(), found)
 

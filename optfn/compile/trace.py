@@ -44,7 +44,8 @@ def trace(fn: Callable[..., list[Any]], inputs: list[Tensor]) -> Traced:
         NotTraceableError: ``fn`` changes an argument, reads a number out of a tensor, draws random numbers, calls what is
             no operator, or asks for what a traced tensor does not have.
     """
-    recorder, watch = _Recorder(), Watch()
+    watch = Watch()
+    recorder = _Recorder(watch)
 
     def watched(*traced: Tensor) -> list[Any]:
         arguments = [watch.argument(x, given) for x, given in zip(traced, inputs, strict=True)]
@@ -66,8 +67,9 @@ def trace(fn: Callable[..., list[Any]], inputs: list[Tensor]) -> Traced:
 class _Recorder(TorchDispatchMode):
     """Writes each ATen call down, from beneath functionalize and the transforms of torch.func."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
+        self.watch = watch
         self.mode = internals.fake_mode()
         self.graph = torch.fx.Graph()
         self.constants: list[Tensor] = []
@@ -98,17 +100,26 @@ class _Recorder(TorchDispatchMode):
                 result = self.decompositions[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func.namespace == "aten":  # an operator that is made of others may give a view, of which Inductor would not know
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if torch.Tag.inplace_view in getattr(func, "tags", ()) and id(args[0]) in self.nodes:
             return self.reshaped(func, args, kwargs)
         if not internals.is_pure(func):
-            raise NotTraceableError(f"{func} is no pure operator")
+            self.watch.refuse(f"{func} is no pure operator")
         flat, spec = optree.tree_flatten((args, kwargs), none_is_leaf=True)  # type: ignore[arg-type]
         flat = [self.node(x) if isinstance(x, Tensor) else x for x in flat]
         key = (func, spec, *((type(x), repr(x) if isinstance(x, float) else x) for x in flat))  # 0.0 == -0.0
         if key in self.known:
             # Autograd, where the function uses it, wants a tensor of its own for each call.
             return optree.tree_map(lambda x: self.alias(x) if isinstance(x, Tensor) else x, self.known[key])
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            self.watch.refuse(f"{func} raises {error!r}")  # whatever the function makes of that
+            raise
         if isinstance(result, Tensor):
             self.own(self.call(func, spec, flat), result)
         elif isinstance(result, tuple | list):

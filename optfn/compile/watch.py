@@ -65,6 +65,6 @@ class _Argument(Tensor):
     _watch: Watch
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # torch looks for some of its own
-            raise AttributeError(name)
+        if str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):  # pyright: ignore[reportPrivateUsage]
+            raise AttributeError(name)  # it looks for some of its own
         return self._watch.refuse(f"the attribute {name!r} of a tensor is asked for")
