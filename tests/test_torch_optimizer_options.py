@@ -423,3 +423,40 @@ def test_a_changed_optimizer_pickles() -> None:
     side_by_side(ours, optim.Adam(start()), {2: {"amsgrad": False, "maximize": True}}, 4)
     again = pickle.loads(pickle.dumps(ours))
     side_by_side(again, ours, {2: {"weight_decay": 0.1}}, 4)
+
+
+def test_groups_may_be_put_in_taken_away_and_moved_by_hand() -> None:
+    """As torch's may: what stays goes on with its state."""
+
+    def trained(make: Any) -> list[Tensor]:
+        params = [torch.nn.Parameter(torch.full((2,), float(i + 1), dtype=torch.float64)) for i in range(3)]
+        optimizer = make([{"params": [params[0]], "lr": 0.1}, {"params": [params[1]], "lr": 0.2}])
+
+        def step() -> None:
+            for p in params:
+                p.grad = p.detach() ** 2
+            optimizer.step()
+
+        step()
+        step()
+        optimizer.param_groups.reverse()
+        step()
+        first = optimizer.param_groups.pop()
+        step()
+        optimizer.param_groups.append(first)
+        step()
+        optimizer.add_param_group({"params": [params[2]], "lr": 0.3})
+        step()
+        return params
+
+    ours = trained(lambda groups: optfn.interop.TorchOptimizer(groups, optfn.adam, lr=0.5))
+    theirs = trained(lambda groups: torch.optim.Adam(groups, lr=0.5))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    base = torch.ones(6)
+    for pair in ((base, base.view(2, 3)), (base[:4], base[3:])):
+        with pytest.raises(ValueError, match=r"share memory: give each tensor once"):
+            optfn.interop.TorchOptimizer([torch.nn.Parameter(p) for p in pair], optfn.sgd, lr=0.1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import is_zero, refuse_torch
 from optfn.compile import compile as compiled
+from optfn.compile.donation import check_memory
 from optfn.core import GradientTransformation, added
 from optfn.interop.parts import Part, parts
 from optfn.interop.torch_state import is_torch_state, load_torch_state
@@ -305,13 +306,13 @@ class TorchOptimizer(torch.optim.Optimizer):
 
         Made again where the group has other parameters than before, or options with which its transformation is another one.
         """
+        # Groups may have been put in, taken away, moved, or given other parameters by hand.
+        groups: list[_Group] = []
         for i, options in enumerate(self.param_groups):
-            group = self._groups[i]
-            if not group.has(options["params"]):
-                group = self._make(options)
-                group.take(self.state)
-                group.publish(self.state)
-            elif group.replaced(self.state):
+            candidates = [*self._groups[i : i + 1], *self._groups]
+            known = next((group for group in candidates if group.has(options["params"])), None)
+            group = known or self._make(options)
+            if not known or group.replaced(self.state):
                 group.take(self.state)
                 group.publish(self.state)
             if changed := group.outdated(options):
@@ -320,8 +321,19 @@ class TorchOptimizer(torch.optim.Optimizer):
                 new.publish(self.state)
                 group = new
             group.set_hyperparams(options)
-            self._groups[i] = group
+            groups.append(group)
+        self._groups = groups
         return list(zip(self._groups, self.param_groups, strict=True))
+
+
+def _check_apart(params: list[Tensor]) -> None:
+    """Raise where two parameters of a group share memory: they would be written one after the other, from the same old numbers."""
+    dense = [p for p in params if type(p) in (Tensor, torch.nn.Parameter) and p.layout == torch.strided and not p.is_meta]
+    try:
+        check_memory({"params": dense}, {"params"})
+    except ValueError as error:
+        said = str(error).removeprefix("donate: ").split(":")[0]
+        raise ValueError(f"{said}: give each tensor once, as module.parameters() does") from None
 
 
 class _States(Sequence[Any]):
@@ -370,6 +382,7 @@ class _Group:
 
     def __init__(self, source: GradientTransformation | Factory, options: Mapping[str, Any], backend: Any) -> None:
         self.owners: list[Tensor] = list(options["params"])
+        _check_apart(self.owners)
         names = options.get("param_names")
         if names is not None and len({*names}) != len(names):
             raise ValueError(f"the names of a group's parameters must differ, got {', '.join(map(repr, names))}")
