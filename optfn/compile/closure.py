@@ -213,7 +213,6 @@ class _Reader:
         self.bindings = Bindings()
         self.seen: dict[int, Any] = {}
         self.fields: set[str] = set()  # of NamedTuples of the user's
-        self.require(dict(vars(torch.Tensor)) == _OF_TENSORS, "what a tensor does")
 
     def value(self, x: Any, *, ours: bool = False) -> None:
         """What the function may do anything with: hand on, call, ask for attributes.
