@@ -343,7 +343,8 @@ class _Call:
             after = self.structure.match((args, kwargs))
             if after is None or any(x is not y for x, y in zip(given, after, strict=True)):
                 raise NotTraceableError("the function changes a container that it is given")
-            Structure(result, [])  # raises for containers that would come back as others
+            if any(isinstance(x, torch.Size) for x in tree.subtrees(result)):
+                raise NotTraceableError("a size among the results would come back as a tuple")
             results, result_structure = tree.flatten(result)
             if odd := [x for x in results if not (isinstance(x, Tensor) or type(x) in _CONSTANTS)]:
                 raise NotTraceableError(f"a {type(odd[0]).__name__} among the results is made anew at each call")
