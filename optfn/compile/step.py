@@ -33,7 +33,7 @@ __all__ = ["compile"]
 _count = itertools.count()
 _WAYS = 64  # to call one step, that are remembered
 _REBINDINGS = 4  # of what a step closes over, for each of which it is compiled
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_CONSTANTS = (bool, int, float, complex, str, bytes, range, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def compile(
