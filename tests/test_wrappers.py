@@ -403,7 +403,7 @@ def test_a_factory_of_ones_own():
     assert {*state.hyperparams} == {"rate", "power"}
     assert_close(tx.update(torch.ones(2), state)[0], torch.full((2,), -(0.25**3)), 0)
     assert_close(tx.update(torch.ones(2), optfn.tree.set(state, rate=2.0, power=1.0))[0], torch.full((2,), -8.0), 0)
-    with pytest.raises(TypeError, match="missing a required argument: 'rate'"):
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'rate' and 'steps'"):
         make()
 
 
@@ -414,7 +414,7 @@ def test_a_factory_of_ones_own():
         (lambda: optfn.inject_hyperparams(optfn.chain), ValueError, "inject_hyperparams needs named arguments"),
         (lambda: optfn.inject_hyperparams(lambda **numbers: optfn.sgd()), ValueError, "inject_hyperparams needs named arguments"),
         (lambda: optfn.inject_hyperparams(optfn.adam)(lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
-        (lambda: optfn.inject_hyperparams(optfn.adam)(momentum=0.9), TypeError, "unexpected keyword argument 'momentum'"),
+        (lambda: optfn.inject_hyperparams(optfn.adam)(momentum=0.9), TypeError, "adam has no argument 'momentum'"),
     ],
 )
 def test_inject_hyperparams_errors(call, kind, message):
