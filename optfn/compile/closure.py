@@ -105,7 +105,8 @@ class Bindings:
     def hold(self) -> bool:
         """Whether all of it is as it was."""
         for names, name, value in self.names:
-            if names.get(name, _NOTHING) is not value and not same_number(names.get(name, _NOTHING), value):
+            now = names.get(name, _NOTHING)
+            if now is not value and not same_number(now, value):
                 return False
         try:
             for cell, value in self.cells:
@@ -114,14 +115,10 @@ class Bindings:
         except ValueError:  # deleted
             return False
         for look, thing, inside in self.looks:
-            now = look(thing)
-            if len(now) != len(inside) or not all(map(operator.is_, now, inside)):
+            found = look(thing)
+            if len(found) != len(inside) or not all(map(operator.is_, found, inside)):
                 return False
         return not any(map(_attributes, self.tensors))
-
-    def numbers(self) -> list[Any]:
-        """The numbers among the names and variables, as texts that tell -0.0 from 0.0."""
-        return [repr(value) for *_, value in (*self.names, *self.cells) if type(value) in _NUMBERS]
 
 
 def same_number(a: Any, b: Any) -> bool:
@@ -211,7 +208,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.bindings = Bindings()
-        self.seen: dict[int, Any] = {}
+        self.seen: dict[Any, Any] = {}  # an id is that of one thing for as long as the thing lives
         self.fields: set[str] = set()  # of NamedTuples of the user's
 
     def value(self, x: Any, *, ours: bool = False) -> None:
@@ -221,9 +218,10 @@ class _Reader:
             x: the value.
             ours: whether it lies inside a known function, where lists and dicts are guarded by what they hold.
         """
-        if type(x) in _IMMUTABLE or id(x) in self.seen:
+        # What has been found inside of a known function is not yet found fit for the user's own.
+        if type(x) in _IMMUTABLE or (id(x), ours) in self.seen:
             return
-        self.seen[id(x)] = x
+        self.seen[id(x), ours] = x
         kind: Any = type(x)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             self.tensor(x)
