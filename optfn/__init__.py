@@ -3,11 +3,11 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, tree
+from optfn import interop, random, tree
 from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
-from optfn.leafwise import LeafwiseState, leafwise, stateless_with_tree_map
+from optfn.leafwise import CoupledState, LeafwiseState, coupled, leafwise, stateless_with_tree_map
 from optfn.minimize import MinimizeResult, minimize
 from optfn.optimizers.adadelta import AdadeltaSlots, adadelta, scale_by_adadelta
 from optfn.optimizers.adafactor import FactoredSlots, RelativeStepSlots, adafactor, scale_by_factored_rms, scale_by_relative_step
@@ -75,6 +75,7 @@ __all__ = [
     "ApplyIfFiniteState",
     "AsgdSlots",
     "ClipByGlobalNormState",
+    "CoupledState",
     "EmaParamsState",
     "FactoredSlots",
     "GradientTransformation",
@@ -118,6 +119,7 @@ __all__ = [
     "cosine_annealing_warm_restarts",
     "cosine_decay_schedule",
     "cosine_onecycle_schedule",
+    "coupled",
     "cyclic_lr",
     "ema_params",
     "exponential_decay",
@@ -144,6 +146,7 @@ __all__ = [
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
     "radam",
+    "random",
     "reduce_on_plateau",
     "rmsprop",
     "rprop",

@@ -15,7 +15,18 @@ from optfn.checks import check_no_state, check_state, not_its_state, require, ru
 from optfn.core import GradientTransformation, on_devices, transformation
 from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
 
-__all__ = ["LeafwiseState", "Leaves", "Sweep", "aligned", "begin_of", "leafwise", "lifted", "stateless_with_tree_map"]
+__all__ = [
+    "CoupledState",
+    "LeafwiseState",
+    "Leaves",
+    "Sweep",
+    "aligned",
+    "begin_of",
+    "coupled",
+    "leafwise",
+    "lifted",
+    "stateless_with_tree_map",
+]
 
 Sparse = Literal["error", "dense", "values"]
 Complex = Literal["real", "error"]
@@ -151,13 +162,6 @@ def leafwise(
         >>> updates
         {'w': tensor([ 1., -1.])}
     """
-
-    def init_fn(params: Any) -> LeafwiseState:
-        leaves, spec = tree.checked(params, "params")
-        slots = [() if p is None else _init_leaf(init, p, complex_, params, i) for i, p in enumerate(leaves)]
-        device = next((p.device for p in leaves if p is not None), None)
-        return LeafwiseState(torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots))
-
     lift = _Lift(update, elementwise, needs_params, sparse, complex_)
 
     def check(state: Any) -> None:
@@ -165,30 +169,158 @@ def leafwise(
             check_state(rule_name(update), state, LeafwiseState)
 
     def begin(leaves: Leaves, state: LeafwiseState) -> Sweep:
-        lift.require_params(leaves)
-        slots, spec = _by_leaf(leaves, state)
-        present = [g is not None for g in leaves.grads]
-        step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
-        # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
-        steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
+        each, step, slots = _sweep(lift, at_step, leaves, state)
+        return each, lambda: LeafwiseState(step, slots())
 
-        def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
-            slot = _first_tensor(slots[i])
-            if type(slots[i]) is tuple or (slot is None and len(slots[i])):
-                where = _where(update, leaves.updates, i)
-                raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
-            values, rebuild = lift.values(leaves, i, g, p, slot if elementwise else None)
-            dtype = _real_dtype(values, p)
-            try:
-                direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype)
-            except (AttributeError, RuntimeError, TypeError) as error:
-                _explain(error, update, leaves, i, slots[i])
-                raise
-            return rebuild(direction) if rebuild else direction
+    return lifted(lambda params: LeafwiseState(*_first_state(init, params, complex_)), begin, check=check, elementwise=elementwise)
 
-        return each, lambda: LeafwiseState(step, _by_field(spec, slots))
 
-    return lifted(init_fn, begin, check=check, elementwise=elementwise)
+class CoupledState(NamedTuple):
+    """The state of a :func:`coupled` rule.
+
+    Attributes:
+        step: as in :class:`LeafwiseState`.
+        slots: as in :class:`LeafwiseState`.
+        shared: what the rule keeps for all leaves together, a NamedTuple of 0-dim tensors.
+    """
+
+    step: Tensor
+    slots: Any
+    shared: Any
+
+
+def coupled(
+    init: Callable[[Tensor], Any],
+    measure: Callable[..., tuple[tuple[Tensor, ...], Any]],
+    decide: Callable[..., Any],
+    update: Callable[..., tuple[Tensor, Any]],
+    *,
+    shared: Any,
+    at_step: Callable[[Tensor], Any] | None = None,
+    needs_params: bool = False,
+    extra: tuple[str, ...] = (),
+    complex_: Complex = "real",
+) -> GradientTransformation:
+    """Lift a rule for one tensor that needs sums over all of them: distances, products of gradients, norms.
+
+    An update goes over the leaves twice. In between the sums of what they contribute, which are one vector, decide what is shared.
+
+    What :func:`leafwise` promises a rule holds here too. A leaf whose update is None contributes nothing; where every update is
+    None the shared scalars stay as they are. These are 0-dim tensors: numbers that come as floats in the widest real dtype of the
+    parameters, float32 at least, integers and bools as int64 and bool.
+
+    Args:
+        init: ``init(p) -> slots``, as in :func:`leafwise`.
+        measure: ``measure(g, slots, p, step, shared) -> (sums, slots)``, the first pass: a tuple of 0-dim tensors, what this leaf
+            adds to each sum, and its new slots.
+        decide: ``decide(shared, sums, **extra) -> shared``, once for all leaves; ``sums`` is the tuple of the totals.
+        update: ``update(g, slots, p, step, shared) -> (direction, slots)``, the second pass, with the slots of the first one.
+        shared: a NamedTuple of numbers or 0-dim tensors, what the shared scalars are before the first update; or a function that
+            makes it of the parameters.
+        at_step: as in :func:`leafwise`.
+        needs_params: whether the rule reads ``p``.
+        extra: the names of arguments of the transformation's update that ``decide`` needs, such as ``"value"``, the loss.
+        complex_: as in :func:`leafwise`.
+
+    Returns:
+        A transformation with a :class:`CoupledState`.
+
+    Raises:
+        TypeError: from ``update``: as :func:`leafwise`, or one of ``extra`` is missing.
+        ValueError: as :func:`leafwise`.
+
+    Example:
+        >>> class Shared(NamedTuple):
+        ...     norm: torch.Tensor
+        >>> def scale_by_norm():
+        ...     def measure(g, slots, p, step, shared):
+        ...         return (g.square().sum(),), slots
+        ...     def decide(shared, sums):
+        ...         return Shared(sums[0].sqrt())
+        ...     def update(g, slots, p, step, shared):
+        ...         return g / shared.norm, slots
+        ...     return coupled(lambda p: (), measure, decide, update, shared=Shared(0.0))
+        >>> updates = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+        >>> tx = scale_by_norm()
+        >>> updates, state = tx.update(updates, tx.init(updates))
+        >>> updates, state.shared.norm
+        ({'a': tensor([0.6000]), 'b': tensor([0.8000])}, tensor(5.))
+    """
+    first = _Lift(measure, False, needs_params, "error", complex_)
+    second = _Lift(update, False, needs_params, "error", complex_)
+
+    def init_fn(params: Any) -> CoupledState:
+        step, slots = _first_state(init, params, complex_)
+        dtype = compute_dtype(*map(as_real, tree.leaves(params)))
+        start: Any = shared(params) if callable(shared) else shared
+        return CoupledState(step, slots, start._make([_shared_scalar(x, dtype, step.device) for x in start]))
+
+    def update_fn(updates: Any, state: CoupledState, params: Any = None, **given: Any) -> tuple[Any, CoupledState]:
+        check_state(rule_name(update), state, CoupledState)
+        require(rule_name(update), **{name: given.get(name) for name in extra})
+        leaves = aligned(updates, params)
+        present = [(i, g, p) for i, (g, p) in enumerate(zip(leaves.grads, leaves.owners, strict=True)) if g is not None]
+        if not present:
+            return tree.unflatten(leaves.spec, leaves.grads), state
+        each, step, slots = _sweep(first, at_step, leaves, state, state.shared)
+        contributed: list[Any] = [each(i, g, p) for i, g, p in present]
+        sums = [torch.stack(x).to(step.device) for x in contributed]
+        state = CoupledState(state.step, slots(), state.shared)
+        wide = compute_dtype(*sums)
+        totals = torch.stack([x.to(wide) for x in sums]).sum(0).unbind()
+        decided = decide(state.shared, totals, **{name: given[name] for name in extra})
+        decided = decided._make([_narrowed(x, like) for x, like in zip(decided, state.shared, strict=True)])
+        each, step, slots = _sweep(second, at_step, leaves, state, decided)
+        directions = leaves.grads.copy()
+        for i, g, p in present:
+            directions[i] = each(i, g, p)
+        return tree.unflatten(leaves.spec, directions), CoupledState(step, slots(), decided)
+
+    return transformation(init_fn, update_fn)
+
+
+def _shared_scalar(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.to(device=device, dtype=torch.promote_types(x.dtype, dtype) if x.is_floating_point() else x.dtype, copy=True)
+    return torch.tensor(x, dtype=dtype if isinstance(x, float) else None, device=device)
+
+
+def _first_state(init: Callable[[Tensor], Any], params: Any, complex_: Complex) -> tuple[Tensor, Any]:
+    """The steps and the slots of parameters that have had no update."""
+    leaves, spec = tree.checked(params, "params")
+    slots = [() if p is None else _init_leaf(init, p, complex_, params, i) for i, p in enumerate(leaves)]
+    device = next((p.device for p in leaves if p is not None), None)
+    return torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots)
+
+
+def _sweep(
+    lift: "_Lift", at_step: Callable[[Tensor], Any] | None, leaves: Leaves, state: Any, *shared: Any
+) -> tuple[Each, Tensor, Callable[[], Any]]:
+    """One pass of a rule over the leaves: what to call for each, the new steps, and, after that, the new slots."""
+    update = lift.rule
+    lift.require_params(leaves)
+    slots, spec = _by_leaf(leaves, state)
+    present = [g is not None for g in leaves.grads]
+    step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
+    # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
+    steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
+
+    def each(i: int, g: Tensor, p: Tensor | None) -> Any:
+        slot = _first_tensor(slots[i])
+        none = type(slots[i]) is tuple if len(state.slots) or not shared else False  # a coupled rule may do without slots
+        if none or (slot is None and len(slots[i])):
+            where = _where(update, leaves.updates, i)
+            raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
+        values, rebuild = lift.values(leaves, i, g, p, slot if lift.elementwise else None)
+        dtype = _real_dtype(values, p)
+        try:
+            direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype, *shared)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            _explain(error, update, leaves, i, slots[i])
+            raise
+        return rebuild(direction) if rebuild else direction
+
+    return each, step, lambda: _by_field(spec, slots)
 
 
 def stateless_with_tree_map(
@@ -383,10 +515,10 @@ class _Lift(NamedTuple):
         )
 
 
-def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype) -> tuple[Tensor, Any]:
+def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype, *shared: Any) -> tuple[Tensor, Any]:
     """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
     wide = slots if _plain(slots, dtype) else slots._make([_widened(x, dtype) for x in slots])
-    direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step)
+    direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step, *shared)
     if type(new) is not type(slots):
         raise TypeError(_of_another(rule, slots))
     if wide is not slots or not _plain(new, dtype):
