@@ -1,8 +1,13 @@
 """Names that the examples in docstrings use, and what tests count, printed at the end of a run."""
 
+import os
 from typing import Any, NamedTuple
 
 import pytest
+
+# Threads that wait asleep. Those that spin, in several processes at once, make a run of small tensors take twice the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import optfn

@@ -15,9 +15,41 @@ from optfn.optimizers.adagrad import AdagradSlots, adagrad, scale_by_adagrad
 from optfn.optimizers.adam import AdamSlots, adam, adamw, scale_by_adam
 from optfn.optimizers.adamax import AdamaxSlots, adamax, scale_by_adamax
 from optfn.optimizers.asgd import AsgdSlots, asgd, scale_by_asgd
+from optfn.optimizers.dog import (
+    DistanceSlots,
+    DogShared,
+    DowgShared,
+    LayerDistanceSlots,
+    dog,
+    dowg,
+    scale_by_distance_over_gradients,
+    scale_by_dog,
+    scale_by_dowg,
+)
 from optfn.optimizers.lbfgs import LbfgsState, lbfgs
+from optfn.optimizers.momo import (
+    MomoAdamSlots,
+    MomoShared,
+    MomoSlots,
+    PolyakShared,
+    momo,
+    momo_adam,
+    polyak_sgd,
+    scale_by_momo,
+    scale_by_momo_adam,
+    scale_by_polyak,
+)
 from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
+from optfn.optimizers.prodigy import (
+    DAdaptSlots,
+    EstimateShared,
+    ProdigySlots,
+    dadapt_adamw,
+    prodigy,
+    scale_by_dadapt_adamw,
+    scale_by_prodigy,
+)
 from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms
 from optfn.optimizers.rprop import RpropSlots, rprop, scale_by_rprop
@@ -53,6 +85,7 @@ from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from optfn.transforms.scaling import (
     ScaleByLearningRateState,
     ScaleByScheduleState,
+    normalize_by_update_norm,
     scale,
     scale_by_learning_rate,
     scale_by_param_block_rms,
@@ -62,6 +95,7 @@ from optfn.wrappers.accumulate import AccumulateState, accumulate
 from optfn.wrappers.averages import EmaParamsState, ema_params
 from optfn.wrappers.finite import ApplyIfFiniteState, apply_if_finite
 from optfn.wrappers.hyperparams import InjectHyperparamsState, inject_hyperparams
+from optfn.wrappers.mechanic import MechanicShared, MechanicSlots, MechanizeState, mechanize
 from optfn.wrappers.sparse import sparse_masked
 
 __version__ = "0.1.0"
@@ -76,17 +110,31 @@ __all__ = [
     "AsgdSlots",
     "ClipByGlobalNormState",
     "CoupledState",
+    "DAdaptSlots",
+    "DistanceSlots",
+    "DogShared",
+    "DowgShared",
     "EmaParamsState",
+    "EstimateShared",
     "FactoredSlots",
     "GradientTransformation",
     "InjectHyperparamsState",
+    "LayerDistanceSlots",
     "LbfgsState",
     "LeafwiseState",
     "MaskedState",
+    "MechanicShared",
+    "MechanicSlots",
+    "MechanizeState",
     "MinimizeResult",
+    "MomoAdamSlots",
+    "MomoShared",
+    "MomoSlots",
     "MuonSlots",
     "NAdamSlots",
     "PartitionState",
+    "PolyakShared",
+    "ProdigySlots",
     "RAdamSlots",
     "ReduceOnPlateauState",
     "RelativeStepSlots",
@@ -121,6 +169,9 @@ __all__ = [
     "cosine_onecycle_schedule",
     "coupled",
     "cyclic_lr",
+    "dadapt_adamw",
+    "dog",
+    "dowg",
     "ema_params",
     "exponential_decay",
     "freeze",
@@ -135,16 +186,22 @@ __all__ = [
     "linear_schedule",
     "masked",
     "maximize",
+    "mechanize",
     "minimize",
+    "momo",
+    "momo_adam",
     "multiplicative_lr",
     "muon",
     "nadam",
     "named_chain",
+    "normalize_by_update_norm",
     "one_cycle_lr",
     "partition",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
+    "polyak_sgd",
     "polynomial_schedule",
+    "prodigy",
     "radam",
     "random",
     "reduce_on_plateau",
@@ -156,11 +213,19 @@ __all__ = [
     "scale_by_adam",
     "scale_by_adamax",
     "scale_by_asgd",
+    "scale_by_dadapt_adamw",
+    "scale_by_distance_over_gradients",
+    "scale_by_dog",
+    "scale_by_dowg",
     "scale_by_factored_rms",
     "scale_by_learning_rate",
+    "scale_by_momo",
+    "scale_by_momo_adam",
     "scale_by_muon",
     "scale_by_nadam",
     "scale_by_param_block_rms",
+    "scale_by_polyak",
+    "scale_by_prodigy",
     "scale_by_radam",
     "scale_by_relative_step",
     "scale_by_rms",

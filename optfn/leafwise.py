@@ -169,8 +169,8 @@ def leafwise(
             check_state(rule_name(update), state, LeafwiseState)
 
     def begin(leaves: Leaves, state: LeafwiseState) -> Sweep:
-        each, step, slots = _sweep(lift, at_step, leaves, state)
-        return each, lambda: LeafwiseState(step, slots())
+        sweep = _Pass(lift, at_step, leaves, state)
+        return sweep.each, lambda: LeafwiseState(sweep.step, sweep.slots())
 
     return lifted(lambda params: LeafwiseState(*_first_state(init, params, complex_)), begin, check=check, elementwise=elementwise)
 
@@ -181,7 +181,7 @@ class CoupledState(NamedTuple):
     Attributes:
         step: as in :class:`LeafwiseState`.
         slots: as in :class:`LeafwiseState`.
-        shared: what the rule keeps for all leaves together, a NamedTuple of 0-dim tensors.
+        shared: what the rule keeps for all leaves together, a NamedTuple of tensors, most of them 0-dim.
     """
 
     step: Tensor
@@ -246,35 +246,34 @@ def coupled(
         >>> updates, state.shared.norm
         ({'a': tensor([0.6000]), 'b': tensor([0.8000])}, tensor(5.))
     """
-    first = _Lift(measure, False, needs_params, "error", complex_)
-    second = _Lift(update, False, needs_params, "error", complex_)
+    lift = _Lift(update, False, needs_params, "error", complex_)
 
     def init_fn(params: Any) -> CoupledState:
         step, slots = _first_state(init, params, complex_)
         dtype = compute_dtype(*map(as_real, tree.leaves(params)))
-        start: Any = shared(params) if callable(shared) else shared
+        start: Any = shared(tree.map(torch.detach, params)) if callable(shared) else shared
         return CoupledState(step, slots, start._make([_shared_scalar(x, dtype, step.device) for x in start]))
 
-    def update_fn(updates: Any, state: CoupledState, params: Any = None, **given: Any) -> tuple[Any, CoupledState]:
-        check_state(rule_name(update), state, CoupledState)
-        require(rule_name(update), **{name: given.get(name) for name in extra})
+    def update_fn(updates: Any, state: Any, params: Any = None, **given: Any) -> tuple[Any, CoupledState]:
+        if not isinstance(state, CoupledState):
+            check_state(rule_name(update), state, CoupledState)
+        if any(given.get(name) is None for name in extra):
+            require(rule_name(update), **{name: given.get(name) for name in extra})
         leaves = aligned(updates, params)
         present = [(i, g, p) for i, (g, p) in enumerate(zip(leaves.grads, leaves.owners, strict=True)) if g is not None]
         if not present:
             return tree.unflatten(leaves.spec, leaves.grads), state
-        each, step, slots = _sweep(first, at_step, leaves, state, state.shared)
-        contributed: list[Any] = [each(i, g, p) for i, g, p in present]
-        sums = [torch.stack(x).to(step.device) for x in contributed]
-        state = CoupledState(state.step, slots(), state.shared)
+        sweep = _Pass(lift, at_step, leaves, state)
+        contributed: list[Any] = [sweep.each(i, g, p, measure, (state.shared,), last=False) for i, g, p in present]
+        sums = [torch.stack(x).to(sweep.step.device) for x in contributed]
         wide = compute_dtype(*sums)
         totals = torch.stack([x.to(wide) for x in sums]).sum(0).unbind()
         decided = decide(state.shared, totals, **{name: given[name] for name in extra})
         decided = decided._make([_narrowed(x, like) for x, like in zip(decided, state.shared, strict=True)])
-        each, step, slots = _sweep(second, at_step, leaves, state, decided)
         directions = leaves.grads.copy()
         for i, g, p in present:
-            directions[i] = each(i, g, p)
-        return tree.unflatten(leaves.spec, directions), CoupledState(step, slots(), decided)
+            directions[i] = sweep.each(i, g, p, update, (decided,))
+        return tree.unflatten(leaves.spec, directions), CoupledState(sweep.step, sweep.slots(), decided)
 
     return transformation(init_fn, update_fn)
 
@@ -288,39 +287,9 @@ def _shared_scalar(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _first_state(init: Callable[[Tensor], Any], params: Any, complex_: Complex) -> tuple[Tensor, Any]:
     """The steps and the slots of parameters that have had no update."""
     leaves, spec = tree.checked(params, "params")
-    slots = [() if p is None else _init_leaf(init, p, complex_, params, i) for i, p in enumerate(leaves)]
+    slots = [() if p is None else _init_leaf(init, p.detach(), complex_, params, i) for i, p in enumerate(leaves)]
     device = next((p.device for p in leaves if p is not None), None)
     return torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots)
-
-
-def _sweep(
-    lift: "_Lift", at_step: Callable[[Tensor], Any] | None, leaves: Leaves, state: Any, *shared: Any
-) -> tuple[Each, Tensor, Callable[[], Any]]:
-    """One pass of a rule over the leaves: what to call for each, the new steps, and, after that, the new slots."""
-    update = lift.rule
-    lift.require_params(leaves)
-    slots, spec = _by_leaf(leaves, state)
-    present = [g is not None for g in leaves.grads]
-    step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
-    # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
-    steps = _Steps(step if all(present) else step.clamp_min(1), at_step)
-
-    def each(i: int, g: Tensor, p: Tensor | None) -> Any:
-        slot = _first_tensor(slots[i])
-        none = type(slots[i]) is tuple if len(state.slots) or not shared else False  # a coupled rule may do without slots
-        if none or (slot is None and len(slots[i])):
-            where = _where(update, leaves.updates, i)
-            raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
-        values, rebuild = lift.values(leaves, i, g, p, slot if lift.elementwise else None)
-        dtype = _real_dtype(values, p)
-        try:
-            direction, slots[i] = _apply(update, values, slots[i], p, steps.of(i, dtype, values.device), dtype, *shared)
-        except (AttributeError, RuntimeError, TypeError) as error:
-            _explain(error, update, leaves, i, slots[i])
-            raise
-        return rebuild(direction) if rebuild else direction
-
-    return each, step, lambda: _by_field(spec, slots)
 
 
 def stateless_with_tree_map(
@@ -515,15 +484,60 @@ class _Lift(NamedTuple):
         )
 
 
-def _apply(rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype, *shared: Any) -> tuple[Tensor, Any]:
-    """One rule on one tensor: complex as real, half precision in float32, and back to the dtypes that came."""
+class _Pass:
+    """A rule over the leaves: ``each`` for one of them, then ``slots()`` for the new ones."""
+
+    def __init__(self, lift: _Lift, at_step: Callable[[Tensor], Any] | None, leaves: Leaves, state: Any) -> None:
+        lift.require_params(leaves)
+        self.lift, self.leaves = lift, leaves
+        self.now, self.spec = _by_leaf(leaves, state)
+        self.before = list(self.now)
+        # A coupled rule may keep no slots at all.
+        self.kept = len(state.slots) > 0 or isinstance(state, LeafwiseState)
+        present = [g is not None for g in leaves.grads]
+        self.step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
+        # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
+        self.steps = _Steps(self.step if all(present) else self.step.clamp_min(1), at_step)
+
+    def each(
+        self, i: int, g: Tensor, p: Tensor | None, rule: Rule | None = None, shared: tuple[Any, ...] = (), *, last: bool = True
+    ) -> Any:
+        lift, slots = self.lift, self.now[i]
+        slot = _first_tensor(slots)
+        if (type(slots) is tuple and self.kept) or (slot is None and len(slots)):
+            where = _where(lift.rule, self.leaves.updates, i)
+            raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
+        values, rebuild = lift.values(self.leaves, i, g, p, slot if lift.elementwise else None)
+        dtype = _real_dtype(values, p)
+        try:
+            step = self.steps.of(i, dtype, values.device)
+            answer, new = _apply(rule or lift.rule, values, slots, p, step, dtype, shared)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            _explain(error, lift.rule, self.leaves, i, slots)
+            raise
+        self.now[i] = _cast_back(new, self.before[i], dtype) if last else new
+        return rebuild(answer) if rebuild else answer
+
+    def slots(self) -> Any:
+        return _by_field(self.spec, self.now)
+
+
+def _apply(
+    rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype, shared: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """One rule on one tensor: complex as real, half precision in float32; the answer back in the dtype that came."""
     wide = slots if _plain(slots, dtype) else slots._make([_widened(x, dtype) for x in slots])
-    direction, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step, *shared)
+    answer, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step, *shared)
     if type(new) is not type(slots):
         raise TypeError(_of_another(rule, slots))
-    if wide is not slots or not _plain(new, dtype):
-        new = new._make([_narrowed(x, like) for x, like in zip(new, slots, strict=True)])
-    return _narrowed(direction, g), new
+    return _narrowed(answer, g), new
+
+
+def _cast_back(new: Any, before: Any, dtype: torch.dtype) -> Any:
+    """New slots in the dtypes that those before have."""
+    if _plain(before, dtype) and _plain(new, dtype):
+        return new
+    return new._make([_narrowed(x, like) for x, like in zip(new, before, strict=True)])
 
 
 def _explain(error: Exception, rule: Rule, leaves: Leaves, i: int, slots: Any) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "global_norm",
     "lerp",
     "norm",
+    "ratio",
     "real_dtype",
     "rms",
     "sqrt",
@@ -103,6 +104,17 @@ def sqrt(x: Tensor, eps: Scalar = 0.0) -> Tensor:
     """
     x = x if isinstance(eps, int | float) and eps == 0 else x + eps
     return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+def ratio(x: Tensor, y: Tensor) -> Tensor:
+    """``x / y``, and 0, with derivatives of 0, where ``y`` is 0.
+
+    Example:
+        >>> ratio(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
+        tensor([0.5000, 0.0000])
+    """
+    zero = y == 0
+    return torch.where(zero, 0, x / torch.where(zero, 1, y))
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: Scalar) -> Tensor:

@@ -88,7 +88,27 @@ def sign_of_average(b1: Any) -> GradientTransformation:
     return optfn.leafwise(lambda p: SignSlots(torch.zeros_like(p)), update, elementwise=True)
 
 
+class TotalShared(NamedTuple):
+    total: Any
+
+
+def tanh_of_share(h: Any) -> GradientTransformation:
+    """A coupled rule of a user's own, which keeps an average of the sum of all gradients."""
+
+    def measure(g: Tensor, slots: Any, p: Any, step: Tensor, shared: TotalShared) -> tuple[tuple[Tensor], Any]:
+        return (g.sum(),), slots
+
+    def decide(shared: TotalShared, sums: tuple[Tensor, ...]) -> TotalShared:
+        return TotalShared(h * shared.total + (1 - h) * sums[0])
+
+    def update(g: Tensor, slots: Any, p: Any, step: Tensor, shared: TotalShared) -> tuple[Tensor, Any]:
+        return torch.tanh(g + shared.total), slots
+
+    return optfn.coupled(lambda p: (), measure, decide, update, shared=TotalShared(1.0))
+
+
 NO_NONE = Declared("torch.func has no None as an output", ValueError, "got type <class 'NoneType'>")
+OF_ALL = Declared("the first distance is that of all parameters", AssertionError, "are not equal")
 NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
 AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
@@ -178,7 +198,25 @@ ROWS = [
     ),
     Row("lbfgs", optfn.lbfgs, but=ONE_VECTOR),
     Row("lbfgs.history", lambda h: optfn.lbfgs(optfn.linear_schedule(h, 0.01, 10), history_size=2), but=ONE_VECTOR),
+    Row("dog", lambda h: optfn.dog(h, ("distance", 0.1), weight_decay=0.1, maximize=True)),
+    Row("dog.learning_rate", lambda h: optfn.dog(init_step=("learning_rate", h))),
+    Row("dowg", lambda h: optfn.dowg(h, 0.1, weight_decay=0.1, maximize=True)),
+    Row("polyak_sgd", lambda h: optfn.polyak_sgd(h, 10.0), extra={"value": 1.0}),
+    Row("momo", lambda h: optfn.momo(h, adapt_lower_bound=True), extra={"value": 1.0}),
+    Row("momo_adam", lambda h: optfn.momo_adam(h, weight_decay=0.1), extra={"value": 1.0}),
+    Row("prodigy", lambda h: optfn.prodigy(h, estim_lr0=0.1, weight_decay=0.1, maximize=True)),
+    Row("prodigy.warmup", lambda h: optfn.prodigy(optfn.linear_schedule(0.0, h, 3), estim_lr0=0.1, safeguard_warmup=True)),
+    Row("dadapt_adamw", lambda h: optfn.dadapt_adamw(h, estim_lr0=0.1, weight_decay=0.1, maximize=True)),
     # Blocks
+    Row("scale_by_distance_over_gradients", lambda h: optfn.scale_by_distance_over_gradients(h, param_dtype=torch.float64)),
+    Row("scale_by_dog", lambda h: optfn.scale_by_dog(("heuristic", h)), but={"none": OF_ALL}),
+    Row("scale_by_dowg", optfn.scale_by_dowg),
+    Row("scale_by_polyak", lambda h: optfn.scale_by_polyak(eps=h, variant="sps+"), extra={"value": 1.0}),
+    Row("scale_by_momo", lambda h: optfn.scale_by_momo(weight_decay=h), extra={"value": 1.0}),
+    Row("scale_by_momo_adam", lambda h: optfn.scale_by_momo_adam(eps=h), extra={"value": 1.0}),
+    Row("scale_by_prodigy", lambda h: optfn.scale_by_prodigy(estim_lr0=h, estim_lr_coef=2.0)),
+    Row("scale_by_dadapt_adamw", lambda h: optfn.scale_by_dadapt_adamw(estim_lr0=h)),
+    Row("normalize_by_update_norm", optfn.normalize_by_update_norm),
     Row("scale_by_adadelta", lambda h: optfn.scale_by_adadelta(eps=h)),
     Row("scale_by_adamax", lambda h: optfn.scale_by_adamax(h), 0.9),
     Row("scale_by_nadam", lambda h: optfn.scale_by_nadam(b2=h), 0.9, wide={"mu_product": torch.float32}),
@@ -270,6 +308,7 @@ ROWS = [
     ),
     Row("stateless_with_tree_map", lambda h: optfn.stateless_with_tree_map(lambda g, p: -h * torch.tanh(g))),
     Row("leafwise", sign_of_average, 0.9),
+    Row("coupled", tanh_of_share, 0.9),
     # Wrappers
     wrapper("sparse_masked", lambda tx: optfn.sparse_masked(tx, dense="zeros_absent")),
     Row(
@@ -278,6 +317,7 @@ ROWS = [
         around=lambda tx: optfn.inject_hyperparams(lambda lr: optfn.chain(optfn.scale(lr), tx))(lr=0.1),
         in_state="lr",
     ),
+    wrapper("mechanize", lambda tx: optfn.mechanize(tx, s_init=0.1)),
     wrapper("apply_if_finite", optfn.apply_if_finite),
     wrapper("accumulate", lambda tx: optfn.accumulate(tx, 2), wide={"accumulated": torch.float32}),
     Row("ema_params", lambda h: optfn.chain(optfn.sgd(0.1), optfn.ema_params(h)), 0.9, but={"none": AVERAGED}),

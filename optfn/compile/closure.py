@@ -168,9 +168,8 @@ def is_plain_class(kind: type) -> bool:
 @functools.cache
 def _attribute_names() -> frozenset[str]:
     """Attributes of what does not change, or is the function's own: tensors, containers, numbers, and entries of our states."""
-    import optfn
-
-    fields = [name for kind in vars(optfn).values() if isinstance(kind, type) for name in getattr(kind, "_fields", ())]
+    public = vars(sys.modules[__name__.partition(".")[0]])  # of the package, which stands above this file
+    fields = [name for kind in public.values() if isinstance(kind, type) for name in getattr(kind, "_fields", ())]
     names = {name for kind in (*_IMMUTABLE, *_TYPES) for name in dir(kind)} | {*fields}
     return frozenset(name for name in names if not name.startswith("__") and name not in _LOOKS_UP)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.checks import check_state, number, scalar_or_schedule
-from optfn.core import GradientTransformation
+from optfn.core import GradientTransformation, stateless
 from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
 from optfn.numerics import Scalar, rms
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
@@ -15,6 +15,7 @@ from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 __all__ = [
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
+    "normalize_by_update_norm",
     "scale",
     "scale_by_learning_rate",
     "scale_by_param_block_rms",
@@ -55,6 +56,28 @@ def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation
     """
     floor = number("min_scale", min_scale, at_least=0)
     return stateless_with_tree_map(lambda g, p: g * rms(p).clamp_min(floor), elementwise=False, needs_params=True)
+
+
+def normalize_by_update_norm(scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> GradientTransformation:
+    r"""Divide all updates together by their global norm: :math:`c\, u / (\|u\| + \epsilon)`.
+
+    Args:
+        scale_factor: :math:`c`, the norm of the result.
+        eps: :math:`\epsilon \ge 0`, in the units of the updates.
+
+    Raises:
+        ValueError: a negative ``eps``.
+
+    Example:
+        >>> normalize_by_update_norm().update({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, ())[0]
+        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+    factor, eps = number("scale_factor", scale_factor), number("eps", eps, at_least=0)
+
+    def normalized(updates: Any, params: Any) -> Any:
+        return scale(factor / (tree.global_norm(updates) + eps)).update(updates, ())[0]
+
+    return stateless(normalized)
 
 
 class ScaleByScheduleState(NamedTuple):
