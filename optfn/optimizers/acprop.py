@@ -52,8 +52,8 @@ def scale_by_acprop(
         eps_root: :math:`\bar\epsilon \ge 0`, in the units of the squared gradient; it adds up in :math:`\nu`.
         momentum_update: put :math:`\mu_t / (1 - \beta_1^t)` in the place of :math:`g_t` in :math:`u_t`, the authors' option.
 
-    Moments have the parameter's shape and dtype. Optax's rule of this name is another one: it has :math:`\mu_t`, not corrected, in
-    the place of :math:`g_t`, in the first step too, and :math:`\mu_{t-1}` in that of :math:`\mu_t` in :math:`\nu_t`.
+    Moments have the parameter's shape and dtype. Optax has :math:`\mu_{t-1}` in the place of :math:`\mu_t` in :math:`\nu_t`: as
+    :math:`g_t - \mu_t = \beta_1 (g_t - \mu_{t-1})`, its updates are :math:`\beta_1` times these, but for the first one.
 
     Raises:
         ValueError: an argument out of range.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optfn.checks import alias, is_zero, number, scalar_or_schedule
 from optfn.compose import chain, masked, negate_if
-from optfn.core import GradientTransformation
+from optfn.core import GradientTransformation, identity
 from optfn.leafwise import leafwise
 from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule
@@ -71,18 +71,14 @@ def scale_by_adan(
         >>> tx.update(torch.tensor([3.0, -0.1]), tx.init(torch.zeros(2)))[0]
         tensor([ 1., -1.])
     """
-    b1, b2 = number("b1", b1, at_least=0, below=1), number("b2", b2, at_least=0, below=1)
-    b3, eps, eps_root = (
-        number("b3", b3, at_least=0, below=1),
-        number("eps", eps, at_least=0),
-        number("eps_root", eps_root, at_least=0),
-    )
+    b1, b2, b3 = (number(f"b{i}", b, at_least=0, below=1) for i, b in enumerate((b1, b2, b3), 1))
+    eps, eps_root = number("eps", eps, at_least=0), number("eps_root", eps_root, at_least=0)
 
     def init(p: Tensor) -> AdanSlots:
         return AdanSlots(*(torch.zeros_like(p) for _ in range(4)))
 
     def at_step(step: Tensor) -> tuple[Tensor, ...]:
-        return step > 1, bias_correction(b1, step), bias_correction(b2, step), bias_correction(b3, step)
+        return step > 1, *(bias_correction(b, step) for b in (b1, b2, b3))
 
     def update(g: Tensor, slots: AdanSlots, p: Any, step: Any) -> tuple[Tensor, AdanSlots]:
         later, first, second, third = step
@@ -135,13 +131,9 @@ def adan(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.6000])}
     """
-    links = decayed(scale_by_adan(*betas, eps=eps, eps_root=eps_root), weight_decay, True, mask)
-    shrinking = () if no_prox or is_zero(weight_decay) else (_proximal(lr, weight_decay, mask),)
-    return chain(negate_if(maximize), *links, *shrinking, scale_by_learning_rate(lr))
-
-
-def _proximal(lr: ScalarOrSchedule, weight_decay: Scalar, mask: Any) -> GradientTransformation:
-    """What makes ``-lr (u + decay p)`` of :func:`adamw` the proximal step: division by ``1 + lr decay``, of what decays."""
-    decay = number("weight_decay", weight_decay, at_least=0)
-    tx = with_learning_rate(lambda lr: scale(1 / (1 + lr * decay)), scalar_or_schedule("lr", lr, at_least=0))
-    return tx if mask is None else masked(tx, mask)
+    rule, decay = scale_by_adan(*betas, eps=eps, eps_root=eps_root), number("weight_decay", weight_decay, at_least=0)
+    rate = scalar_or_schedule("lr", lr, at_least=0)
+    # The proximal step is that of adamw, -lr (u + decay p), divided by 1 + lr decay where there is a decay.
+    shrink = with_learning_rate(lambda lr: scale(1 / (1 + lr * decay)), rate)
+    proximal = identity() if no_prox or is_zero(decay) else shrink if mask is None else masked(shrink, mask)
+    return chain(negate_if(maximize), *decayed(rule, decay, True, mask), proximal, scale_by_learning_rate(rate))

@@ -83,11 +83,7 @@ def scale_by_ademamix(
     eps, eps_root = number("eps", eps, at_least=0), number("eps_root", eps_root, at_least=0)
 
     def init(p: Tensor) -> AdemamixSlots:
-        mu = torch.zeros_like(p, dtype=mu_dtype)
-        return AdemamixSlots(mu, mu.clone(), torch.zeros_like(p))
-
-    def at_step(step: Tensor) -> tuple[Tensor, Tensor]:
-        return bias_correction(b1, step), bias_correction(b2, step)
+        return AdemamixSlots(*(torch.zeros_like(p, dtype=dtype) for dtype in (mu_dtype, mu_dtype, None)))
 
     def rule(b3: Scalar, alpha: Scalar) -> GradientTransformation:
         b3, alpha = number("b3", b3, at_least=0, below=1), number("alpha", alpha, at_least=0)
@@ -98,9 +94,9 @@ def scale_by_ademamix(
             nu = average_square(slots.nu, g, b2)
             return add_scaled(m1 / first, m2, alpha) / (sqrt(nu / second, eps_root) + eps), AdemamixSlots(m1, m2, nu)
 
-        return leafwise(init, update, elementwise=True, at_step=at_step)
+        return leafwise(init, update, elementwise=True, at_step=lambda step: (bias_correction(b1, step), bias_correction(b2, step)))
 
-    return with_schedules(rule, b3=b3, alpha=scalar_or_schedule("alpha", alpha))
+    return with_schedules(rule, b3=scalar_or_schedule("b3", b3), alpha=scalar_or_schedule("alpha", alpha))
 
 
 @alias
@@ -194,11 +190,11 @@ def scale_by_simplified_ademamix(
     b1, b2 = number("b1", b1, at_least=0, below=1), number("b2", b2, at_least=0, below=1)
     eps, eps_root = number("eps", eps, at_least=0), number("eps_root", eps_root, at_least=0)
 
-    def init(p: Tensor) -> SimplifiedAdemamixSlots:
-        return SimplifiedAdemamixSlots(torch.zeros_like(p), torch.zeros_like(p))
-
     def rule(alpha: Scalar) -> GradientTransformation:
         alpha = number("alpha", alpha, at_least=0)
+
+        def init(p: Tensor) -> SimplifiedAdemamixSlots:
+            return SimplifiedAdemamixSlots(torch.zeros_like(p), torch.zeros_like(p))
 
         def update(g: Tensor, slots: SimplifiedAdemamixSlots, p: Any, second: Tensor) -> tuple[Tensor, SimplifiedAdemamixSlots]:
             m, nu = add_scaled(g, slots.m, b1), average_square(slots.nu, g, b2)

@@ -1,5 +1,6 @@
 """ADOPT: Adam, divided before it is averaged, by a second moment that is one step behind."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,10 +31,6 @@ class AdoptSlots(NamedTuple):
     nu: Tensor
 
 
-def _fourth_root(count: Tensor) -> Tensor:
-    return count**0.25
-
-
 def scale_by_adopt(
     b1: Scalar = 0.9,
     b2: Scalar = 0.9999,
@@ -42,7 +39,7 @@ def scale_by_adopt(
     *,
     nesterov: bool = False,
     use_clipping: bool = True,
-    clip_value_fn: Callable[[Tensor], Any] = _fourth_root,
+    clip_value_fn: Callable[[Tensor], Any] = lambda count: count**0.25,
 ) -> GradientTransformation:
     r"""Rescale updates by ADOPT. The first update is 0.
 
@@ -86,12 +83,11 @@ def scale_by_adopt(
 
     def at_step(step: Tensor) -> tuple[Any, ...]:
         later = (step > 1).to(step.dtype)
-        return later * (1 - b1), later * b2, clip_value_fn(step - 1) if use_clipping else None
+        return later * (1 - b1), later * b2, clip_value_fn(step - 1) if use_clipping else math.inf
 
     def update(g: Tensor, slots: AdoptSlots, p: Any, step: Any) -> tuple[Tensor, AdoptSlots]:
         weight, decay, bound = step
-        c = g / sqrt(slots.nu).clamp_min(eps)
-        c = c.clamp(-bound, bound) if use_clipping else c
+        c = (g / sqrt(slots.nu).clamp_min(eps)).clamp(-bound, bound)
         mu = lerp(slots.mu, c, weight)
         return lerp(mu, c, weight) if nesterov else mu, AdoptSlots(mu, average_square(slots.nu, g, decay))
 
@@ -108,7 +104,7 @@ def adopt(
     mu_dtype: torch.dtype | None = None,
     nesterov: bool = False,
     use_clipping: bool = True,
-    clip_value_fn: Callable[[Tensor], Any] = _fourth_root,
+    clip_value_fn: Callable[[Tensor], Any] = lambda count: count**0.25,
     mask: Any = None,
     maximize: bool = False,
 ) -> GradientTransformation:
@@ -146,7 +142,6 @@ def adopt(
         {'w': tensor([1.])}
         {'w': tensor([0.9000])}
     """
-    options = {"nesterov": nesterov, "use_clipping": use_clipping}
-    rule = scale_by_adopt(*betas, eps, mu_dtype, clip_value_fn=clip_value_fn, **options)
+    rule = scale_by_adopt(*betas, eps, mu_dtype, nesterov=nesterov, use_clipping=use_clipping, clip_value_fn=clip_value_fn)
     skipped = identity() if is_zero(weight_decay) else scale_by_schedule(torch.sign)  # 0 at 0, then 1
     return chain(negate_if(maximize), *decayed(rule, weight_decay, True, mask), skipped, scale_by_learning_rate(lr))
