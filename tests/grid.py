@@ -217,7 +217,7 @@ ROWS = [
     ),
     Row("adopt", optfn.adopt),
     Row("adopt.decay", lambda h: optfn.adopt(0.1, (0.8, 0.9), 1e-3, h, nesterov=True, mask=pairs, maximize=True)),
-    Row("adan", optfn.adan),
+    Row("adan", lambda h: optfn.adan(h, weight_decay=0.1)),
     Row("adan.decay", lambda h: optfn.adan(warmed(0.1, 0.2), weight_decay=h, eps_root=1e-3, mask=pairs, maximize=True)),
     Row("adan.no_prox", lambda h: optfn.adan(0.1, (0.9, h, 0.8), weight_decay=0.1, no_prox=True), 0.9),
     Row("novograd", optfn.novograd, wide={"nu": torch.float32}),

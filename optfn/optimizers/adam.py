@@ -152,8 +152,16 @@ def scale_by_amsgrad(
         >>> tx.update(torch.tensor([3.0, -0.1]), tx.init(torch.zeros(2)))[0]
         tensor([ 1.0000, -1.0000])
     """
-    corrections = {"bias_correction_mu": bias_correction_mu, "bias_correction_nu": bias_correction_nu}
-    return scale_by_adam(b1, b2, eps, eps_root, mu_dtype, amsgrad="debiased", **corrections)
+    return scale_by_adam(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        amsgrad="debiased",
+        bias_correction_mu=bias_correction_mu,
+        bias_correction_nu=bias_correction_nu,
+    )
 
 
 @alias
