@@ -16,6 +16,7 @@ __all__ = [
     "as_real",
     "average_square",
     "bias_correction",
+    "cbrt",
     "compute_dtype",
     "debias",
     "full_like",
@@ -25,6 +26,7 @@ __all__ = [
     "ratio",
     "real_dtype",
     "rms",
+    "sign",
     "sqrt",
     "widened_scalar",
 ]
@@ -115,6 +117,26 @@ def ratio(x: Tensor, y: Tensor) -> Tensor:
     """
     zero = y == 0
     return torch.where(zero, 0, x / torch.where(zero, 1, y))
+
+
+def cbrt(x: Tensor) -> Tensor:
+    """The cube root of ``x >= 0``, with derivative 0 at 0, as :func:`sqrt`: the root of 0 is about 1e-13 in float32.
+
+    Example:
+        >>> cbrt(torch.tensor([8.0, 27.0]))
+        tensor([2., 3.])
+    """
+    return x.clamp_min(torch.finfo(x.dtype).tiny) ** (1 / 3)
+
+
+def sign(x: Tensor) -> Tensor:
+    """The sign of each entry, NaN where that is NaN; torch's is 0 there, which would hide it.
+
+    Example:
+        >>> sign(torch.tensor([-3.0, 0.0, float("nan")]))
+        tensor([-1., 0., nan])
+    """
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: Scalar) -> Tensor:

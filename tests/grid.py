@@ -109,6 +109,8 @@ def tanh_of_share(h: Any) -> GradientTransformation:
 
 NO_NONE = Declared("torch.func has no None as an output", ValueError, "got type <class 'NoneType'>")
 OF_ALL = Declared("the first distance is that of all parameters", AssertionError, "are not equal")
+NO_SLOPE = Declared("a sign has no slope", AssertionError, "nothing depends on grads")
+SIGNS = Declared("signs are exact in float32 too", AssertionError, "rounded to float32")
 NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
 AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
@@ -117,6 +119,8 @@ ABSOLUTE = Declared("a norm of an order other than 2 is of the absolute values, 
 NO_BATCH = Declared("torch has no batched sparse tensors", NotImplementedError, "'SparseCPU' backend")
 NO_COMPLEX = Declared("it refuses complex parameters, as torch does", TypeError, "'a' is complex, which scale_by_.* does not take")
 
+MU64 = {"mu": torch.float64}
+M64 = {"m1": torch.float64, "m2": torch.float64}
 SCALARS = {"eta": torch.float32, "mu": torch.float32}
 FLOAT32 = dict.fromkeys(
     ("grad", "jvp"), Declared("its step size is rounded to float32, as torch's is", AssertionError, "Scalars are not close")
@@ -130,6 +134,10 @@ BFLOAT16 = {
 def matrices(tx: GradientTransformation) -> GradientTransformation:
     """On what is a matrix; the updates of the rest pass."""
     return optfn.masked(tx, lambda path, p: p.ndim == 2)
+
+
+def warmed(start: Any, end: Any) -> optfn.Schedule:
+    return optfn.linear_schedule(start, end, 10)
 
 
 ONE_VECTOR = {
@@ -207,6 +215,48 @@ ROWS = [
     Row("prodigy", lambda h: optfn.prodigy(h, estim_lr0=0.1, weight_decay=0.1, maximize=True)),
     Row("prodigy.warmup", lambda h: optfn.prodigy(optfn.linear_schedule(0.0, h, 3), estim_lr0=0.1, safeguard_warmup=True)),
     Row("dadapt_adamw", lambda h: optfn.dadapt_adamw(h, estim_lr0=0.1, weight_decay=0.1, maximize=True)),
+    Row("lion", optfn.lion),
+    Row("lion.mask", lambda h: optfn.lion(0.1, (0.8, 0.9), h, mu_dtype=torch.float64, mask=pairs, maximize=True), wide=MU64),
+    Row("sign_sgd", optfn.sign_sgd, but={"grad": NO_SLOPE}),
+    Row("sign_sgd.decay", lambda h: optfn.sign_sgd(0.1, h, mask=pairs, maximize=True), but={"grad": NO_SLOPE}),
+    Row("signum", optfn.signum),
+    Row("signum.beta", lambda h: optfn.signum(0.1, h, weight_decay=0.1, mask=pairs, maximize=True), 0.9),
+    Row("yogi", optfn.yogi),
+    Row("yogi.decay", lambda h: optfn.yogi(0.1, (0.8, 0.9), 1e-2, h, mask=pairs, maximize=True)),
+    Row("adabelief", optfn.adabelief),
+    Row("adabelief.decay", lambda h: optfn.adabelief(0.1, (0.8, 0.9), 1e-3, h, nesterov=True, mask=pairs, maximize=True)),
+    Row("amsgrad", optfn.amsgrad),
+    Row("amsgrad.b2", lambda h: optfn.amsgrad(0.1, (0.8, h), eps_root=1e-3, bias_correction_nu=False, maximize=True), 0.9),
+    Row("nadamw", optfn.nadamw),
+    Row("nadamw.decay", lambda h: optfn.nadamw(0.1, (0.8, 0.9), weight_decay=h, mask=pairs, maximize=True)),
+    Row("adamaxw", optfn.adamaxw),
+    Row("adamaxw.decay", lambda h: optfn.adamaxw(0.1, (0.8, 0.9), weight_decay=h, mask=pairs, maximize=True)),
+    Row("optimistic_gradient_descent", optfn.optimistic_gradient_descent),
+    Row("optimistic_gradient_descent.beta", lambda h: optfn.optimistic_gradient_descent(0.1, 0.9, h, maximize=True), 0.7),
+    Row("optimistic_adam_v2", optfn.optimistic_adam_v2),
+    Row("optimistic_adam_v2.beta", lambda h: optfn.optimistic_adam_v2(0.1, (0.8, 0.9), beta=h, nesterov=False, maximize=True), 0.7),
+    Row("acprop", optfn.acprop),
+    Row("acprop.momentum", lambda h: optfn.acprop(0.1, (h, 0.9), 1e-3, 0.1, momentum_update=True, mask=pairs, maximize=True), 0.8),
+    Row("ademamix", optfn.ademamix),
+    Row("ademamix.schedules", lambda h: optfn.ademamix(0.1, (0.8, 0.9, warmed(h, 0.99)), alpha=warmed(h, 5.0), mask=pairs), 0.9),
+    Row("simplified_ademamix", optfn.simplified_ademamix),
+    Row(
+        "simplified_ademamix.schedule",
+        lambda h: optfn.simplified_ademamix(0.1, (0.9, 0.95), weight_decay=0.1, alpha=warmed(h, 2.0), mask=pairs, maximize=True),
+    ),
+    Row("adopt", optfn.adopt),
+    Row("adopt.decay", lambda h: optfn.adopt(0.1, (0.8, 0.9), 1e-3, h, nesterov=True, mask=pairs, maximize=True)),
+    Row("adan", lambda h: optfn.adan(h, weight_decay=0.1)),
+    Row("adan.decay", lambda h: optfn.adan(warmed(0.1, 0.2), weight_decay=h, eps_root=1e-3, mask=pairs, maximize=True)),
+    Row("adan.no_prox", lambda h: optfn.adan(0.1, (0.9, h, 0.8), weight_decay=0.1, no_prox=True), 0.9),
+    Row("novograd", optfn.novograd, wide={"nu": torch.float32}),
+    Row("novograd.decay", lambda h: optfn.novograd(0.1, weight_decay=h, maximize=True), wide={"nu": torch.float32}),
+    Row("sm3", optfn.sm3, but={"complex": NO_COMPLEX}),
+    Row("sm3.momentum", lambda h: optfn.sm3(0.1, h, 0.1, mask=pairs, maximize=True), 0.9, but={"complex": NO_COMPLEX}),
+    Row("madgrad", optfn.madgrad),
+    Row("madgrad.decay", lambda h: optfn.madgrad(warmed(0.1, 0.2), 0.8, h, 1e-3, maximize=True)),
+    Row("cocob", lambda h: optfn.cocob(alpha=h), 5.0),
+    Row("cocob.decay", lambda h: optfn.cocob(warmed(0.1, 0.2), 5.0, weight_decay=h, mask=pairs, maximize=True)),
     # Blocks
     Row("scale_by_distance_over_gradients", lambda h: optfn.scale_by_distance_over_gradients(h, param_dtype=torch.float64)),
     Row("scale_by_dog", lambda h: optfn.scale_by_dog(("heuristic", h)), but={"none": OF_ALL}),
@@ -277,6 +327,43 @@ ROWS = [
     # The first metric improves on none, the others not on it.
     Row("reduce_on_plateau", lambda h: optfn.reduce_on_plateau(h, 1), 0.7, extra={"value": 1.0}),
     Row("reduce_on_plateau.max", lambda h: optfn.reduce_on_plateau(0.5, 1, min_scale=h, mode="max"), 0.7, extra={"value": 1.0}),
+    Row("scale_by_lion", lambda h: optfn.scale_by_lion(b2=h), 0.9, but={"float64": SIGNS}),
+    Row("scale_by_lion.smooth", lambda h: optfn.scale_by_lion(h, mode="smooth", smooth_beta=2.0), 0.8),
+    Row("scale_by_lion.refined", lambda h: optfn.scale_by_lion(h, mu_dtype=torch.float64, mode="refined"), 0.3, wide=MU64),
+    Row("scale_by_sign", optfn.scale_by_sign, None, but={"grad": NO_SLOPE, "vmap_lr": NO_NUMBER, "float64": SIGNS}),
+    Row("scale_by_yogi", lambda h: optfn.scale_by_yogi(h, 0.9), 0.8),
+    Row("scale_by_yogi.initial", lambda h: optfn.scale_by_yogi(b2=0.9, eps_root=1e-3, initial_accumulator_value=h)),
+    Row("scale_by_belief", lambda h: optfn.scale_by_belief(h, 0.9), 0.8),
+    Row("scale_by_belief.nesterov", lambda h: optfn.scale_by_belief(b2=0.9, eps_root=h, nesterov=True)),
+    Row("scale_by_amsgrad", lambda h: optfn.scale_by_amsgrad(b2=h, mu_dtype=torch.float64), 0.9, wide=MU64),
+    Row(
+        "scale_by_amsgrad.uncorrected",
+        lambda h: optfn.scale_by_amsgrad(h, 0.9, bias_correction_mu=False, bias_correction_nu=False),
+        0.8,
+    ),
+    Row("scale_by_rss", lambda h: optfn.scale_by_rss(h)),
+    Row("scale_by_stddev", lambda h: optfn.scale_by_stddev(h, 1e-3, 0.1, False, True), 0.9),
+    Row("scale_by_optimistic_gradient", lambda h: optfn.scale_by_optimistic_gradient(beta=h), 0.7),
+    Row("scale_by_acprop", lambda h: optfn.scale_by_acprop(0.8, h), 0.9),
+    Row("scale_by_ademamix", lambda h: optfn.scale_by_ademamix(b2=0.9, b3=h, mu_dtype=torch.float64), 0.95, wide=M64),
+    Row("scale_by_ademamix.schedules", lambda h: optfn.scale_by_ademamix(b3=warmed(0.9, 0.99), alpha=warmed(h, 5.0))),
+    Row("scale_by_simplified_ademamix", lambda h: optfn.scale_by_simplified_ademamix(h, alpha=1.0), 0.9),
+    Row("scale_by_adopt", lambda h: optfn.scale_by_adopt(h, 0.9, mu_dtype=torch.float64), 0.8, wide=MU64),
+    Row("scale_by_adopt.unclipped", lambda h: optfn.scale_by_adopt(0.8, h, nesterov=True, use_clipping=False), 0.9),
+    Row("scale_by_adopt.bound", lambda h: optfn.scale_by_adopt(0.8, 0.9, clip_value_fn=lambda count: h * count)),
+    Row("scale_by_adan", lambda h: optfn.scale_by_adan(0.9, h, 0.95), 0.8),
+    Row("scale_by_novograd", lambda h: optfn.scale_by_novograd(h), 0.8, wide={"nu": torch.float32}),
+    Row(
+        "scale_by_novograd.decay",
+        lambda h: optfn.scale_by_novograd(0.8, h, eps_root=1e-3, weight_decay=0.1, mu_dtype=torch.float64),
+        0.5,
+        wide={"nu": torch.float32, "mu": torch.float64},
+    ),
+    Row("scale_by_sm3", lambda h: optfn.scale_by_sm3(h), 0.9, but={"complex": NO_COMPLEX}),
+    Row("scale_by_sm3.b2", lambda h: optfn.scale_by_sm3(0.8, h, 1e-3), 0.9, but={"complex": NO_COMPLEX}),
+    Row("scale_by_madgrad", lambda h: optfn.scale_by_madgrad(h)),
+    Row("scale_by_madgrad.schedule", lambda h: optfn.scale_by_madgrad(warmed(0.1, 0.2), h), 0.8),
+    Row("scale_by_cocob", lambda h: optfn.scale_by_cocob(h), 5.0),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
@@ -317,7 +404,7 @@ ROWS = [
         around=lambda tx: optfn.inject_hyperparams(lambda lr: optfn.chain(optfn.scale(lr), tx))(lr=0.1),
         in_state="lr",
     ),
-    wrapper("mechanize", lambda tx: optfn.mechanize(tx, s_init=0.1)),
+    wrapper("mechanize", lambda tx: optfn.mechanize(tx, s_init=0.1, eps=1e-3)),
     wrapper("apply_if_finite", optfn.apply_if_finite),
     wrapper("accumulate", lambda tx: optfn.accumulate(tx, 2), wide={"accumulated": torch.float32}),
     Row("ema_params", lambda h: optfn.chain(optfn.sgd(0.1), optfn.ema_params(h)), 0.9, but={"none": AVERAGED}),

@@ -15,7 +15,7 @@ from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 from optfn.wrappers.sparse import sparse_masked
 
-__all__ = ["AdagradSlots", "adagrad", "scale_by_adagrad"]
+__all__ = ["AdagradSlots", "adagrad", "scale_by_adagrad", "scale_by_rss"]
 
 
 class AdagradSlots(NamedTuple):
@@ -35,8 +35,7 @@ def scale_by_adagrad(
         initial_accumulator_value: :math:`s_0 \ge 0`.
         eps: :math:`\epsilon \ge 0`, in the units of the gradient (of its square with ``eps_in_sqrt``).
         lr_decay: :math:`\eta \ge 0`, per step.
-        eps_in_sqrt: divide by :math:`\sqrt{s_t + \epsilon}`; with an initial value of 0.1 and an eps of 1e-7 that is Optax's
-            ``scale_by_rss``.
+        eps_in_sqrt: divide by :math:`\sqrt{s_t + \epsilon}`, as :func:`scale_by_rss` does.
 
     The sum has the parameter's shape and dtype.
 
@@ -64,6 +63,29 @@ def scale_by_adagrad(
         return g / (root if is_zero(eta) else root * (1 + (step - 1) * eta)), AdagradSlots(total)
 
     return leafwise(init, update, elementwise=True)
+
+
+def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) -> GradientTransformation:
+    r"""Rescale updates by the root of the sum of all squared gradients: :func:`scale_by_adagrad` in Optax's form.
+
+    .. math:: s_t = s_{t-1} + g_t^2, \qquad u_t = g_t / \sqrt{s_t + \epsilon}
+
+    Args:
+        initial_accumulator_value: :math:`s_0 \ge 0`.
+        eps: :math:`\epsilon \ge 0`, in the units of the squared gradient.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        See :func:`scale_by_adagrad`.
+
+    Example:
+        >>> tx = scale_by_rss(initial_accumulator_value=7.0)
+        >>> tx.update(torch.tensor([3.0]), tx.init(torch.zeros(1)))[0]
+        tensor([0.7500])
+    """
+    return scale_by_adagrad(initial_accumulator_value, eps, eps_in_sqrt=True)
 
 
 @alias

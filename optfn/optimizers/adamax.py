@@ -1,4 +1,4 @@
-"""Adamax: Adam with the infinity norm."""
+"""Adamax: Adam with the infinity norm; and with decoupled decay."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
 from optfn.numerics import Scalar, bias_correction, lerp
 from optfn.schedules import ScalarOrSchedule
-from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.decay import add_decayed_weights, decayed
 from optfn.transforms.scaling import scale_by_learning_rate
 
-__all__ = ["AdamaxSlots", "adamax", "scale_by_adamax"]
+__all__ = ["AdamaxSlots", "adamax", "adamaxw", "scale_by_adamax"]
 
 
 class AdamaxSlots(NamedTuple):
@@ -105,3 +105,43 @@ def adamax(
     return chain(
         negate_if(maximize), add_decayed_weights(weight_decay), scale_by_adamax(*betas, eps=eps), scale_by_learning_rate(lr)
     )
+
+
+@alias
+def adamaxw(
+    lr: ScalarOrSchedule = 2e-3,
+    betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 1e-4,
+    *,
+    mask: Any = None,
+    maximize: bool = False,
+) -> GradientTransformation:
+    r"""Adamax with decoupled weight decay.
+
+    .. math:: p_t = p_{t-1} - \gamma\, (\mathrm{adamax}(g_t) + \lambda p_{t-1})
+
+    Args:
+        lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
+        betas: :math:`(\beta_1, \beta_2)`, each in ``[0, 1)``, see :func:`scale_by_adamax`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
+        maximize: ascend instead; the decay still pulls to 0.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        See :func:`scale_by_adamax`; Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+        <https://arxiv.org/abs/1711.05101>`_, 2017.
+
+    Example:
+        >>> tx = adamaxw(lr=0.1, weight_decay=0.5)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([5.0])}, tx.init(params), params)
+        >>> optfn.apply_updates(params, updates)
+        {'w': tensor([0.8500])}
+    """
+    rule = scale_by_adamax(*betas, eps=eps)
+    return chain(negate_if(maximize), *decayed(rule, weight_decay, True, mask), scale_by_learning_rate(lr))

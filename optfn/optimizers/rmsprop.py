@@ -15,7 +15,7 @@ from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import trace
 from optfn.transforms.scaling import scale_by_learning_rate
 
-__all__ = ["RmsSlots", "rmsprop", "scale_by_rms"]
+__all__ = ["RmsSlots", "rmsprop", "scale_by_rms", "scale_by_stddev"]
 
 
 class RmsSlots(NamedTuple):
@@ -53,7 +53,7 @@ def scale_by_rms(
         eps_in_sqrt: whether :math:`\epsilon` is under the root, as in Optax; False is torch's form,
             :math:`\sqrt{\cdot} + \epsilon`.
         bias_correction: whether the averages are divided by :math:`1 - \alpha^t`.
-        centered: whether :math:`\mu_t^2` is subtracted (Optax's ``scale_by_stddev``).
+        centered: whether :math:`\mu_t^2` is subtracted, as in :func:`scale_by_stddev`.
 
     The averages have the parameter's shape and dtype.
 
@@ -86,6 +86,38 @@ def scale_by_rms(
         return g / root, RmsSlots(nu, mu)
 
     return leafwise(init, update, elementwise=True)
+
+
+def scale_by_stddev(
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    r"""Rescale updates by an estimate of the gradient's standard deviation: :func:`scale_by_rms` with ``centered=True``.
+
+    .. math:: u_t = g_t / \sqrt{\nu_t - \mu_t^2 + \epsilon}
+
+    Args:
+        decay: :math:`\alpha` in ``[0, 1]``, of :math:`\nu_t`, average of the squared gradient, and :math:`\mu_t`, of the gradient.
+        eps: :math:`\epsilon \ge 0`, in the units of the squared gradient (of the gradient without ``eps_in_sqrt``).
+        initial_scale: :math:`\nu_0 \ge 0`.
+        eps_in_sqrt: whether :math:`\epsilon` is under the root.
+        bias_correction: whether the averages are divided by :math:`1 - \alpha^t`.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference:
+        Graves, `Generating Sequences With Recurrent Neural Networks <https://arxiv.org/abs/1308.0850>`_, 2013, equations 38 to 41.
+
+    Example:
+        >>> tx = scale_by_stddev(decay=0.5)
+        >>> tx.update(torch.tensor([3.0, -0.1]), tx.init(torch.zeros(2)))[0]
+        tensor([ 2.0000, -2.0000])
+    """
+    return scale_by_rms(decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=True)
 
 
 @alias

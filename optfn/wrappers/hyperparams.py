@@ -13,7 +13,7 @@ from optfn.checks import check_factory, is_zero
 from optfn.core import GradientTransformation, is_elementwise, transformation
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
-__all__ = ["InjectHyperparamsState", "inject_hyperparams", "with_learning_rate"]
+__all__ = ["InjectHyperparamsState", "inject_hyperparams", "with_learning_rate", "with_schedules"]
 
 
 class InjectHyperparamsState(NamedTuple):
@@ -138,9 +138,25 @@ def with_learning_rate(make: Callable[[Any], GradientTransformation], lr: Scalar
         >>> tx.update(torch.ones(1), tx.init(torch.ones(1)))[0]
         tensor([-0.5000])
     """
-    if callable(lr) and not isinstance(lr, Tensor):
-        return _injected(lambda values: make(values["lr"]), {}, {"lr": lr})
-    return make(lr)
+    return with_schedules(make, lr=lr)
+
+
+def with_schedules(make: Callable[..., GradientTransformation], **arguments: ScalarOrSchedule) -> GradientTransformation:
+    """``make(**arguments)``, where each may be a schedule though ``make`` takes numbers; its value is in the state, by its name.
+
+    Example:
+        >>> tx = with_schedules(lambda factor, bound: optfn.chain(optfn.scale(factor), optfn.clip(bound)), factor=3.0,
+        ...                     bound=optfn.linear_schedule(1.0, 0.0, 2))
+        >>> state = tx.init(torch.ones(1))
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(torch.ones(1), state)
+        >>> updates, optfn.tree.get(state, "bound")
+        (tensor([0.5000]), tensor(0.5000, dtype=torch.float64))
+    """
+    schedules: dict[str, Any] = {name: x for name, x in arguments.items() if callable(x) and not isinstance(x, Tensor)}
+    if not schedules:
+        return make(**arguments)
+    return _injected(lambda values: make(**{**arguments, **values}), {}, schedules)
 
 
 def _as_tensor(value: Any, dtype: torch.dtype | None, like: Tensor) -> Any:
