@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench test fuzz lint types docs clean
+.PHONY: demo bench algorithms test fuzz lint types docs clean
 
 demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 bench: $(VENV)/bench.installed ## optimizer steps, compile times and memory beside torch, TorchOpt, Optax and HeavyBall
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+algorithms: $(VENV)/bench.installed ## docs/algorithms.md: every algorithm, what it keeps and how fast its step is
+	$(BIN)/python benchmarks/algorithms.py $(ARGS)
 
 test: $(VENV)/dev.installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
