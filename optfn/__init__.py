@@ -46,17 +46,30 @@ from optfn.schedules import (
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
 )
-from optfn.transforms.clipping import ClipByGlobalNormState, clip, clip_by_block_rms, clip_by_global_norm
+from optfn.transforms.clipping import (
+    ClipByGlobalNormState,
+    adaptive_grad_clip,
+    clip,
+    clip_by_block_rms,
+    clip_by_global_norm,
+    per_example_global_norm_clip,
+    per_example_layer_norm_clip,
+    unitwise_clip,
+    unitwise_norm,
+)
+from optfn.transforms.constraining import ZeroNansSlots, centralize, keep_params_nonnegative, zero_nans
 from optfn.transforms.decay import add_decayed_weights
-from optfn.transforms.momentum import TraceSlots, trace
+from optfn.transforms.momentum import ApplyEveryState, EmaSlots, TraceSlots, apply_every, ema, trace
 from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from optfn.transforms.scaling import (
     ScaleByLearningRateState,
     ScaleByScheduleState,
     scale,
     scale_by_learning_rate,
+    scale_by_param_block_norm,
     scale_by_param_block_rms,
     scale_by_schedule,
+    set_to_zero,
 )
 from optfn.wrappers.accumulate import AccumulateState, accumulate
 from optfn.wrappers.averages import EmaParamsState, ema_params
@@ -72,11 +85,13 @@ __all__ = [
     "AdagradSlots",
     "AdamSlots",
     "AdamaxSlots",
+    "ApplyEveryState",
     "ApplyIfFiniteState",
     "AsgdSlots",
     "ClipByGlobalNormState",
     "CoupledState",
     "EmaParamsState",
+    "EmaSlots",
     "FactoredSlots",
     "GradientTransformation",
     "InjectHyperparamsState",
@@ -96,6 +111,7 @@ __all__ = [
     "ScaleByScheduleState",
     "Schedule",
     "TraceSlots",
+    "ZeroNansSlots",
     "__version__",
     "accumulate",
     "adadelta",
@@ -104,10 +120,13 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adaptive_grad_clip",
     "add_decayed_weights",
+    "apply_every",
     "apply_if_finite",
     "apply_updates",
     "asgd",
+    "centralize",
     "chain",
     "chained_scheduler",
     "clip",
@@ -121,6 +140,7 @@ __all__ = [
     "cosine_onecycle_schedule",
     "coupled",
     "cyclic_lr",
+    "ema",
     "ema_params",
     "exponential_decay",
     "freeze",
@@ -129,6 +149,7 @@ __all__ = [
     "interop",
     "is_elementwise",
     "join_schedules",
+    "keep_params_nonnegative",
     "lbfgs",
     "leafwise",
     "linear_onecycle_schedule",
@@ -142,6 +163,8 @@ __all__ = [
     "named_chain",
     "one_cycle_lr",
     "partition",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
@@ -160,6 +183,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_muon",
     "scale_by_nadam",
+    "scale_by_param_block_norm",
     "scale_by_param_block_rms",
     "scale_by_radam",
     "scale_by_relative_step",
@@ -167,6 +191,7 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_schedule",
     "scale_by_shape",
+    "set_to_zero",
     "sgd",
     "sgdr_schedule",
     "sparse_adam",
@@ -175,7 +200,10 @@ __all__ = [
     "stateless_with_tree_map",
     "trace",
     "tree",
+    "unitwise_clip",
+    "unitwise_norm",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
+    "zero_nans",
 ]

@@ -97,6 +97,10 @@ ABSOLUTE = Declared("a norm of an order other than 2 is of the absolute values, 
 NO_BATCH = Declared("torch has no batched sparse tensors", NotImplementedError, "'SparseCPU' backend")
 NO_COMPLEX = Declared("it refuses complex parameters, as torch does", TypeError, "'a' is complex, which scale_by_.* does not take")
 
+REFUSES_COMPLEX = Declared("its units are of dimensions, of which a real view has one more", TypeError, "'a' is complex")
+NO_USE = Declared("updates do not depend on the gradients", AssertionError, "nothing depends on grads")
+NO_RECORD = Declared("updates do not depend on the gradients", AssertionError, "updates do not require grad")
+
 SCALARS = {"eta": torch.float32, "mu": torch.float32}
 FLOAT32 = dict.fromkeys(
     ("grad", "jvp"), Declared("its step size is rounded to float32, as torch's is", AssertionError, "Scalars are not close")
@@ -239,6 +243,24 @@ ROWS = [
     # The first metric improves on none, the others not on it.
     Row("reduce_on_plateau", lambda h: optfn.reduce_on_plateau(h, 1), 0.7, extra={"value": 1.0}),
     Row("reduce_on_plateau.max", lambda h: optfn.reduce_on_plateau(0.5, 1, min_scale=h, mode="max"), 0.7, extra={"value": 1.0}),
+    Row("centralize", lambda: optfn.centralize(), None, but={"complex": REFUSES_COMPLEX, "vmap_lr": NO_NUMBER}),
+    Row("keep_params_nonnegative", optfn.keep_params_nonnegative, None, but={"vmap_lr": NO_NUMBER}),
+    Row("zero_nans", optfn.zero_nans, None, but={"vmap_lr": NO_NUMBER}),
+    Row("set_to_zero", optfn.set_to_zero, None, but={"vmap_lr": NO_NUMBER, "grad": NO_USE, "records": NO_RECORD}),
+    Row("scale_by_param_block_norm", optfn.scale_by_param_block_norm, 4.0),
+    Row("adaptive_grad_clip", optfn.adaptive_grad_clip, 0.2, but={"complex": REFUSES_COMPLEX}),
+    Row(
+        "adaptive_grad_clip.axis",
+        lambda h: optfn.adaptive_grad_clip(0.2, eps=h, axis=-1),
+        2.0,
+        but={
+            "complex": REFUSES_COMPLEX,
+            "scalar_leaf": Declared("a 0-dim leaf has no such dimension", ValueError, "of the 0 dimensions"),
+        },
+    ),
+    Row("ema", optfn.ema, 0.9),
+    Row("ema.raw", lambda h: optfn.ema(h, False, torch.float64), 0.9, wide={"ema": torch.float64}),
+    Row("apply_every", lambda h: optfn.chain(optfn.scale(h), optfn.apply_every(2)), 0.7, steps=4),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),

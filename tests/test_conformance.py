@@ -633,6 +633,7 @@ GROUPS = [
     {"tree", "numerics", "checks"},
     {"core"},
     {"leafwise"},
+    {"random"},
     {"schedules"},
     {"compose"},
     {"transforms"},
