@@ -15,14 +15,17 @@ from optfn.optimizers.adagrad import AdagradSlots, adagrad, scale_by_adagrad
 from optfn.optimizers.adam import AdamSlots, adam, adamw, scale_by_adam
 from optfn.optimizers.adamax import AdamaxSlots, adamax, scale_by_adamax
 from optfn.optimizers.asgd import AsgdSlots, asgd, scale_by_asgd
+from optfn.optimizers.dpsgd import DifferentiallyPrivateAggregateState, differentially_private_aggregate, dpsgd
 from optfn.optimizers.lbfgs import LbfgsState, lbfgs
 from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
+from optfn.optimizers.noisy_sgd import noisy_sgd
 from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms
 from optfn.optimizers.rprop import RpropSlots, rprop, scale_by_rprop
 from optfn.optimizers.sgd import sgd
 from optfn.optimizers.sparse_adam import sparse_adam
+from optfn.optimizers.trust_ratio import fromage, lamb, lars, scale_by_trust_ratio
 from optfn.schedules import (
     Schedule,
     chained_scheduler,
@@ -60,6 +63,7 @@ from optfn.transforms.clipping import (
 from optfn.transforms.constraining import ZeroNansSlots, centralize, keep_params_nonnegative, zero_nans
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import ApplyEveryState, EmaSlots, TraceSlots, apply_every, ema, trace
+from optfn.transforms.noise import AddNoiseState, add_noise
 from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from optfn.transforms.scaling import (
     ScaleByLearningRateState,
@@ -85,11 +89,13 @@ __all__ = [
     "AdagradSlots",
     "AdamSlots",
     "AdamaxSlots",
+    "AddNoiseState",
     "ApplyEveryState",
     "ApplyIfFiniteState",
     "AsgdSlots",
     "ClipByGlobalNormState",
     "CoupledState",
+    "DifferentiallyPrivateAggregateState",
     "EmaParamsState",
     "EmaSlots",
     "FactoredSlots",
@@ -122,6 +128,7 @@ __all__ = [
     "adamw",
     "adaptive_grad_clip",
     "add_decayed_weights",
+    "add_noise",
     "apply_every",
     "apply_if_finite",
     "apply_updates",
@@ -140,16 +147,21 @@ __all__ = [
     "cosine_onecycle_schedule",
     "coupled",
     "cyclic_lr",
+    "differentially_private_aggregate",
+    "dpsgd",
     "ema",
     "ema_params",
     "exponential_decay",
     "freeze",
+    "fromage",
     "identity",
     "inject_hyperparams",
     "interop",
     "is_elementwise",
     "join_schedules",
     "keep_params_nonnegative",
+    "lamb",
+    "lars",
     "lbfgs",
     "leafwise",
     "linear_onecycle_schedule",
@@ -161,6 +173,7 @@ __all__ = [
     "muon",
     "nadam",
     "named_chain",
+    "noisy_sgd",
     "one_cycle_lr",
     "partition",
     "per_example_global_norm_clip",
@@ -191,6 +204,7 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_schedule",
     "scale_by_shape",
+    "scale_by_trust_ratio",
     "set_to_zero",
     "sgd",
     "sgdr_schedule",

@@ -101,6 +101,11 @@ REFUSES_COMPLEX = Declared("its units are of dimensions, of which a real view ha
 NO_USE = Declared("updates do not depend on the gradients", AssertionError, "nothing depends on grads")
 NO_RECORD = Declared("updates do not depend on the gradients", AssertionError, "updates do not require grad")
 
+OWN_NUMBERS = {
+    "float64": Declared("each dtype has its own random numbers", AssertionError, "are not close"),
+    "complex": Declared("a complex number is one random number, of variance 1", AssertionError, "are not close"),
+}
+
 SCALARS = {"eta": torch.float32, "mu": torch.float32}
 FLOAT32 = dict.fromkeys(
     ("grad", "jvp"), Declared("its step size is rounded to float32, as torch's is", AssertionError, "Scalars are not close")
@@ -119,6 +124,12 @@ def matrices(tx: GradientTransformation) -> GradientTransformation:
 ONE_VECTOR = {
     "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
 }
+
+
+def of_two_examples(tx: GradientTransformation) -> GradientTransformation:
+    """For what takes gradients of examples: one of them is the gradient, the other a tenth of it."""
+    return optfn.chain(optfn.stateless(lambda updates, params: optfn.tree.map(lambda g: torch.stack([g, g / 10]), updates)), tx)
+
 
 ROWS = [
     # Aliases
@@ -182,6 +193,17 @@ ROWS = [
     ),
     Row("lbfgs", optfn.lbfgs, but=ONE_VECTOR),
     Row("lbfgs.history", lambda h: optfn.lbfgs(optfn.linear_schedule(h, 0.01, 10), history_size=2), but=ONE_VECTOR),
+    Row("lamb", optfn.lamb),
+    Row("lamb.mask", lambda h: optfn.lamb(0.1, (0.8, 0.9), weight_decay=h, eps_root=1e-3, mask=pairs, maximize=True)),
+    Row("lars", lambda h: optfn.lars(h, trust_coefficient=0.1)),
+    Row(
+        "lars.masks",
+        lambda h: optfn.lars(0.1, h, pairs, 0.5, 1e-3, pairs, 0.8, True, maximize=True),
+    ),
+    Row("fromage", optfn.fromage),
+    Row("fromage.schedule", lambda h: optfn.fromage(optfn.linear_schedule(h, 0.01, 10), 1e-3, maximize=True)),
+    Row("noisy_sgd", lambda h: optfn.noisy_sgd(0.1, h, key=7, maximize=True), but=OWN_NUMBERS),
+    Row("dpsgd", lambda h: of_two_examples(optfn.dpsgd(0.1, 0.7, h, 7, 0.9)), but=OWN_NUMBERS),
     # Blocks
     Row("scale_by_adadelta", lambda h: optfn.scale_by_adadelta(eps=h)),
     Row("scale_by_adamax", lambda h: optfn.scale_by_adamax(h), 0.9),
@@ -261,6 +283,15 @@ ROWS = [
     Row("ema", optfn.ema, 0.9),
     Row("ema.raw", lambda h: optfn.ema(h, False, torch.float64), 0.9, wide={"ema": torch.float64}),
     Row("apply_every", lambda h: optfn.chain(optfn.scale(h), optfn.apply_every(2)), 0.7, steps=4),
+    Row("scale_by_trust_ratio", lambda h: optfn.scale_by_trust_ratio(trust_coefficient=h)),
+    Row("scale_by_trust_ratio.eps", lambda h: optfn.scale_by_trust_ratio(2.0, 0.1, eps=h)),
+    Row("add_noise", lambda h: optfn.add_noise(h, 0.5, 7), but=OWN_NUMBERS),
+    Row(
+        "differentially_private_aggregate",
+        lambda h: of_two_examples(optfn.differentially_private_aggregate(h, 0.1, 7)),
+        0.7,
+        but=OWN_NUMBERS,
+    ),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),

@@ -1,10 +1,11 @@
 """Blocks, wrappers and aliases that torch.optim has none of, each against Optax in float64."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
 import torch
-from optax_oracle import TOLERANCE, assert_close, from_jax, run, run_optax, some_grads, some_params, to_jax
+from optax_oracle import TOLERANCE, assert_close, exact, from_jax, run, run_optax, some_grads, some_params, to_jax
 
 import optfn
 
@@ -230,6 +231,158 @@ def test_clipped_examples_of_other_kinds(clip):
     assert all(x.isfinite().all() for x in optfn.tree.leaves(summed))
 
 
+# Trust ratios
+
+RATE = 0.05
+OURS, THEIRS = optfn.cosine_decay_schedule(0.1, 20), exact(optax.cosine_decay_schedule(0.1, 20))
+
+ALIASES = {
+    "trust ratio": (optfn.scale_by_trust_ratio(), optax.scale_by_trust_ratio()),
+    "trust ratio: all numbers": (optfn.scale_by_trust_ratio(0.3, 0.7, 1e-2), optax.scale_by_trust_ratio(0.3, 0.7, 1e-2)),
+    "lamb": (optfn.lamb(RATE), optax.lamb(RATE)),
+    "lamb: all": (
+        optfn.lamb(OURS, (0.8, 0.95), 1e-3, 0.2, eps_root=1e-4, mask=MASK),
+        optax.lamb(THEIRS, 0.8, 0.95, 1e-3, 1e-4, 0.2, MASK),
+    ),
+    "lars": (optfn.lars(RATE), optax.lars(RATE)),
+    "lars: all": (
+        optfn.lars(OURS, 0.2, MASK, 0.1, 1e-3, MASK, 0.8, True),
+        optax.lars(THEIRS, 0.2, MASK, 0.1, 1e-3, MASK, 0.8, True),
+    ),
+    "fromage": (optfn.fromage(RATE), optax.fromage(RATE)),
+    "fromage: all": (optfn.fromage(OURS, 1.5), optax.fromage(THEIRS, 1.5)),
+    "maximize": (
+        optfn.chain(optfn.scale(-1.0), optfn.lars(RATE, 0.1, maximize=True)),
+        optax.lars(RATE, 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_alias_is_that_of_optax(name):
+    compared(*ALIASES[name], params_of(), grads_of())
+
+
+# Noise
+
+NOISY = {
+    "add_noise": (optfn.add_noise(0.1, 0.55, 7), optax.add_noise(0.1, 0.55, 7)),
+    "add_noise: a key": (
+        optfn.add_noise(0.5, 0.0, optfn.random.split(optfn.random.key(-3))[1]),
+        optax.add_noise(0.5, 0.0, jax.random.split(jax.random.key(-3))[1]),
+    ),
+    "noisy_sgd": (optfn.noisy_sgd(RATE, key=0), optax.noisy_sgd(RATE, key=0)),
+    "noisy_sgd: all": (optfn.noisy_sgd(OURS, 0.3, 1.2, 2**40), optax.noisy_sgd(THEIRS, 0.3, 1.2, 2**40)),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_is_that_of_optax(name):
+    compared(*NOISY[name], params_of(), grads_of())
+
+
+def test_noise_of_complex_updates_is_that_of_optax():
+    params = {"z": torch.zeros(3, dtype=torch.complex128), "w": torch.zeros(2, dtype=torch.float64)}
+    grads = [optfn.tree.map(lambda x, i=i: x + i, params) for i in range(5)]
+    key = jax.random.key(7)
+    tx, state = optfn.add_noise(0.1, 0.5, 7), None
+    for i, g in enumerate(grads):
+        state = tx.init(params) if state is None else state
+        updates, state = tx.update(g, state, params)
+        key, now = jax.random.split(key)
+        z = jax.random.normal(jax.random.split(now)[1], (3,), "complex128")
+        assert_close(updates["z"], i + (0.1 / (i + 1) ** 0.5) ** 0.5 * from_jax(z), 1e-12)
+
+
+def trajectory_of(tx, params, grads, state=None):
+    state, seen = tx.init(params) if state is None else state, []
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        seen.append(updates)
+    return seen, state
+
+
+def without_b(x):
+    return {**x, "layers": [{**x["layers"][0], "b": None}, x["layers"][1]]}
+
+
+@pytest.mark.parametrize("tx", [optfn.add_noise(0.1, 0.5, 7), optfn.noisy_sgd(0.1, key=7)])
+def test_a_leaf_that_sits_out_changes_no_numbers(tx):
+    params, grads = params_of(), grads_of(steps=4)
+    expected, after = trajectory_of(tx, params, grads)
+    for given in (params, without_b(params)):
+        found, state = trajectory_of(tx, given, [without_b(g) for g in grads])
+        assert_close(found, [without_b(u) for u in expected], 0)
+        assert_close(state, after, 0)
+    again, _ = trajectory_of(tx, params, grads[2:], trajectory_of(tx, params, grads[:2])[1])
+    assert_close(again, expected[2:], 0)  # resumed
+
+
+def test_noise_of_mapped_keys_differs():
+    keys = optfn.random.split(optfn.random.key(7), 3)
+    g = torch.zeros(4)
+
+    def noise(key):
+        tx = optfn.add_noise(1.0, 0.0, key)
+        return tx.update(g, tx.init(g))[0]
+
+    mapped = torch.vmap(noise)(keys)
+    assert_close(mapped, torch.stack([noise(key) for key in keys]), 0)
+    assert len({tuple(row) for row in mapped.tolist()}) == 3
+
+
+def test_a_key_is_left_alone_by_inject_hyperparams():
+    """A seed is an int, and no number to keep in the state."""
+    for tx in (optfn.inject_hyperparams(optfn.noisy_sgd)(lr=RATE, key=7), optfn.inject_hyperparams(optfn.dpsgd)(RATE, 1.0, 0.1, 7)):
+        assert "key" not in tx.init(torch.ones(1)).hyperparams
+    tx = optfn.inject_hyperparams(optfn.add_noise)(0.1, 0.55, 7)
+    assert_close(
+        trajectory_of(tx, params_of(), grads_of(steps=3))[0],
+        trajectory_of(NOISY["add_noise"][0], params_of(), grads_of(steps=3))[0],
+        1e-14,
+    )
+
+
+# Differential privacy
+
+
+def of_examples(steps=STEPS, size=3):
+    """Gradients of so many examples, one of them all zero in the first step."""
+    several = [some_grads(steps, shapes={name: (size, *shape) for name, shape in SHAPES.items()})]
+    grads = [nested(g) for g in several[0]]
+    for x in optfn.tree.leaves(grads[0]):
+        x[1] = 0
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            optfn.differentially_private_aggregate(0.5, 1.1, 7),
+            optax.contrib.differentially_private_aggregate(0.5, 1.1, 7),
+        ),
+        (
+            optfn.differentially_private_aggregate(2.0, 0.0, optfn.random.key(1)),
+            optax.contrib.differentially_private_aggregate(2.0, 0.0, jax.random.key(1)),
+        ),
+        (optfn.dpsgd(RATE, 0.5, 1.1, 7), optax.contrib.dpsgd(RATE, 0.5, 1.1, 7)),
+        (optfn.dpsgd(OURS, 0.5, 0.1, 3, 0.9, True), optax.contrib.dpsgd(THEIRS, 0.5, 0.1, 3, 0.9, True)),
+    ],
+)
+def test_private_steps_are_those_of_optax(ours, theirs):
+    compared(ours, theirs, params_of(), of_examples())
+
+
+def test_a_leaf_without_gradients_changes_no_private_numbers():
+    tx = optfn.differentially_private_aggregate(1e3, 1.0, 7)
+    params, grads = params_of(), of_examples(3)
+    expected, after = trajectory_of(tx, params, grads)
+    found, state = trajectory_of(tx, params, [without_b(g) for g in grads])
+    assert_close(found, [without_b(u) for u in expected], 1e-14)
+    assert_close(state, after, 0)
+
+
 ERRORS = [
     (lambda: optfn.ema(1.0), ValueError, "decay must be >= 0 and < 1, got 1.0"),
     (lambda: optfn.apply_every(0), ValueError, "k must be >= 1, got 0"),
@@ -259,6 +412,18 @@ ERRORS = [
         r"per_example_layer_norm_clip: '0' must have a first dimension of the number of examples, the examples, got shape \(\)",
     ),
     (lambda: optfn.per_example_global_norm_clip([torch.ones(1)], -1.0), ValueError, "l2_norm_clip must be >= 0, got -1.0"),
+    (lambda: optfn.scale_by_trust_ratio(-1.0), ValueError, "min_norm must be >= 0, got -1.0"),
+    (lambda: optfn.scale_by_trust_ratio(eps=-1.0), ValueError, "eps must be >= 0, got -1.0"),
+    (lambda: optfn.lars(0.1, trust_coefficient=-1.0), ValueError, "trust_coefficient must be >= 0, got -1.0"),
+    (lambda: optfn.fromage(-0.1), ValueError, "lr must be >= 0, got -0.1"),
+    (lambda: optfn.add_noise(-1.0, 0.5, 7), ValueError, "eta must be >= 0, got -1.0"),
+    (lambda: optfn.add_noise(1.0, -0.5, 7), ValueError, "gamma must be >= 0, got -0.5"),
+    (lambda: optfn.add_noise(1.0, 0.5), TypeError, r"add_noise needs `key`: an integer seed, or a key, optfn.random.key\(seed\)"),
+    (lambda: optfn.noisy_sgd(1.0), TypeError, "add_noise needs `key`"),
+    (lambda: optfn.add_noise(1.0, 0.5, 1.5), TypeError, "a key is an int64 tensor of two words"),
+    (lambda: optfn.dpsgd(0.1, 1.0, 1.0), TypeError, "differentially_private_aggregate needs `key`"),
+    (lambda: optfn.dpsgd(0.1, -1.0, 1.0, 7), ValueError, "l2_norm_clip must be >= 0, got -1.0"),
+    (lambda: optfn.dpsgd(0.1, 1.0, -1.0, 7), ValueError, "noise_multiplier must be >= 0, got -1.0"),
     (lambda: optfn.keep_params_nonnegative().update(torch.ones(1), ()), TypeError, "keep_params_nonnegative needs `params`"),
 ]
 
