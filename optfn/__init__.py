@@ -3,7 +3,7 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, random, tree
+from optfn import interop, perturbations, random, tree
 from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
@@ -23,6 +23,14 @@ from optfn.optimizers.noisy_sgd import noisy_sgd
 from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms
 from optfn.optimizers.rprop import RpropSlots, rprop, scale_by_rprop
+from optfn.optimizers.sam import SAMState, sam
+from optfn.optimizers.schedule_free import (
+    ScheduleFreeState,
+    schedule_free,
+    schedule_free_adamw,
+    schedule_free_eval_params,
+    schedule_free_sgd,
+)
 from optfn.optimizers.sgd import sgd
 from optfn.optimizers.sparse_adam import sparse_adam
 from optfn.optimizers.trust_ratio import fromage, lamb, lars, scale_by_trust_ratio
@@ -68,6 +76,7 @@ from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from optfn.transforms.scaling import (
     ScaleByLearningRateState,
     ScaleByScheduleState,
+    normalize,
     scale,
     scale_by_learning_rate,
     scale_by_param_block_norm,
@@ -113,9 +122,11 @@ __all__ = [
     "RelativeStepSlots",
     "RmsSlots",
     "RpropSlots",
+    "SAMState",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
+    "ScheduleFreeState",
     "TraceSlots",
     "ZeroNansSlots",
     "__version__",
@@ -174,10 +185,12 @@ __all__ = [
     "nadam",
     "named_chain",
     "noisy_sgd",
+    "normalize",
     "one_cycle_lr",
     "partition",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
+    "perturbations",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
@@ -186,6 +199,7 @@ __all__ = [
     "reduce_on_plateau",
     "rmsprop",
     "rprop",
+    "sam",
     "scale",
     "scale_by_adadelta",
     "scale_by_adagrad",
@@ -205,6 +219,10 @@ __all__ = [
     "scale_by_schedule",
     "scale_by_shape",
     "scale_by_trust_ratio",
+    "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_eval_params",
+    "schedule_free_sgd",
     "set_to_zero",
     "sgd",
     "sgdr_schedule",

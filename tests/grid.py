@@ -101,6 +101,7 @@ REFUSES_COMPLEX = Declared("its units are of dimensions, of which a real view ha
 NO_USE = Declared("updates do not depend on the gradients", AssertionError, "nothing depends on grads")
 NO_RECORD = Declared("updates do not depend on the gradients", AssertionError, "updates do not require grad")
 
+ANEW = Declared("the adversary begins anew, for a leaf that sits the step out too", AssertionError, "has changed")
 OWN_NUMBERS = {
     "float64": Declared("each dtype has its own random numbers", AssertionError, "are not close"),
     "complex": Declared("a complex number is one random number, of variance 1", AssertionError, "are not close"),
@@ -129,6 +130,16 @@ ONE_VECTOR = {
 def of_two_examples(tx: GradientTransformation) -> GradientTransformation:
     """For what takes gradients of examples: one of them is the gradient, the other a tenth of it."""
     return optfn.chain(optfn.stateless(lambda updates, params: optfn.tree.map(lambda g: torch.stack([g, g / 10]), updates)), tx)
+
+
+def uphill_by_itself(tx: GradientTransformation) -> GradientTransformation:
+    """With a grad_fn, as what calls a transformation in one update for a whole round would give it."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        grad_fn = lambda moved, i: optfn.tree.map(lambda g, p: (g + (i + 1) * p).to(g.dtype), updates, moved)  # noqa: E731
+        return tx.update(updates, state, params, grad_fn=grad_fn, **extra)
+
+    return optfn.core.transformation(tx.init, update)
 
 
 ROWS = [
@@ -204,6 +215,18 @@ ROWS = [
     Row("fromage.schedule", lambda h: optfn.fromage(optfn.linear_schedule(h, 0.01, 10), 1e-3, maximize=True)),
     Row("noisy_sgd", lambda h: optfn.noisy_sgd(0.1, h, key=7, maximize=True), but=OWN_NUMBERS),
     Row("dpsgd", lambda h: of_two_examples(optfn.dpsgd(0.1, 0.7, h, 7, 0.9)), but=OWN_NUMBERS),
+    Row("schedule_free_sgd", optfn.schedule_free_sgd),
+    Row(
+        "schedule_free_sgd.warmup",
+        lambda h: optfn.schedule_free_sgd(h, 0.8, 0.1, warmup_steps=5, weight_lr_power=1.0, mask=pairs, maximize=True),
+    ),
+    Row("schedule_free_adamw", optfn.schedule_free_adamw),
+    Row(
+        "schedule_free_adamw.state_dtype",
+        lambda h: optfn.schedule_free_adamw(0.1, (h, 0.99), weight_decay=0.1, state_dtype=torch.float64),
+        0.8,
+        wide={"z": torch.float64},
+    ),
     # Blocks
     Row("scale_by_adadelta", lambda h: optfn.scale_by_adadelta(eps=h)),
     Row("scale_by_adamax", lambda h: optfn.scale_by_adamax(h), 0.9),
@@ -292,6 +315,7 @@ ROWS = [
         0.7,
         but=OWN_NUMBERS,
     ),
+    Row("normalize", lambda: optfn.normalize(), None, but={"vmap_lr": NO_NUMBER}),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
@@ -338,6 +362,15 @@ ROWS = [
         "ema_params.avg_fn",
         lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(avg_fn=lambda average, p, n: (n * average + 3 * p) / (n + 3))),
         but={"none": AVERAGED},
+    ),
+    wrapper("sam", lambda tx: optfn.sam(tx, optfn.chain(optfn.normalize(), optfn.sgd(0.1, momentum=0.9))), but={"none": ANEW}),
+    Row("sam.adversary", lambda h: optfn.sam(optfn.adam(0.1), optfn.adam(h), 3, reset_state=False), steps=4),
+    Row("sam.opaque", lambda h: uphill_by_itself(optfn.sam(optfn.adam(0.1), optfn.sgd(h), 3, opaque_mode=True))),
+    wrapper("schedule_free", lambda tx: optfn.schedule_free(tx, 0.1)),
+    Row(
+        "schedule_free.schedule",
+        lambda h: optfn.schedule_free(optfn.sgd(0.1), optfn.linear_schedule(0.1, 0.5, 10), h, weight_lr_power=1.5),
+        0.8,
     ),
     Row("ema_params.swa", lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(None)), but={"none": AVERAGED}),
 ]

@@ -383,6 +383,378 @@ def test_a_leaf_without_gradients_changes_no_private_numbers():
     assert_close(state, after, 0)
 
 
+# Perturbed functions
+
+
+def winner(x):
+    """No derivative of its own is other than zero: a one in place of the largest entry of each row of w."""
+    best = x["w"] == x["w"].amax(-1, keepdim=True)
+    return {"best": best.to(x["w"].dtype), "cost": (x["w"].round() * x["b"].sign()).sum()}
+
+
+def winner_of_jax(x):
+    best = x["w"] == x["w"].max(-1, keepdims=True)
+    return {"best": best.astype(x["w"].dtype), "cost": (x["w"].round() * jnp.sign(x["b"])).sum()}
+
+
+def perturbed_pair(ours, theirs, **options):
+    make = optfn.perturbations.make_perturbed_fun
+    return make(winner, 50, noise=ours, **options), optax.perturbations.make_perturbed_fun(
+        winner_of_jax, 50, noise=theirs, **options
+    )
+
+
+GUMBEL = (optfn.perturbations.Gumbel(), optax.perturbations.Gumbel())
+NORMAL = (optfn.perturbations.Normal(), optax.perturbations.Normal())
+KEY, THEIR_KEY = optfn.random.key(7), jax.random.key(7)
+
+
+def weighed(values):
+    return (values["best"] * torch.arange(12).reshape(3, 4)).sum() + values["cost"] ** 2
+
+
+def weighed_of_jax(values):
+    return (values["best"] * jnp.arange(12).reshape(3, 4)).sum() + values["cost"] ** 2
+
+
+@pytest.mark.parametrize("pair", [GUMBEL, NORMAL], ids=["gumbel", "normal"])
+@pytest.mark.parametrize("options", [{}, {"sigma": 0.7}, {"sigma": 0.5, "use_baseline": False}])
+def test_perturbed_values_and_derivatives_are_those_of_optax(pair, options):
+    f, theirs = perturbed_pair(*pair, **options)
+    x = some_params(shapes={"w": (3, 4), "b": (4,)})
+    assert_close(f(KEY, x), from_jax(theirs(THEIR_KEY, to_jax(x))), 1e-12)
+
+    def loss(x):
+        return weighed(f(KEY, x))
+
+    def their_loss(x):
+        return weighed_of_jax(theirs(THEIR_KEY, x))
+
+    scale = 1e6  # values of -log density and their squares are in the hundreds, and are summed
+    expected = from_jax(jax.jit(jax.grad(their_loss))(to_jax(x)))
+    found = torch.func.grad(loss)(x)
+    size = max(y.abs().max().item() for y in optfn.tree.leaves(expected))
+    assert_close(optfn.tree.map(lambda g: g / size, found), optfn.tree.map(lambda g: g / size, expected), 1e-12)
+    assert size < scale
+
+    marked = optfn.tree.map(lambda p: p.clone().requires_grad_(), x)
+    by_autograd = torch.autograd.grad(loss(marked), optfn.tree.leaves(marked))
+    assert_close(list(by_autograd), optfn.tree.leaves(found), 1e-12)
+    v = optfn.tree.map(torch.cos, x)
+    along = torch.func.jvp(loss, (x,), (v,))[1]
+    assert_close(
+        along / size, sum((a * b).sum() for a, b in zip(optfn.tree.leaves(found), optfn.tree.leaves(v), strict=True)) / size, 1e-12
+    )
+
+
+def test_second_derivatives_of_a_perturbed_function_are_those_of_optax():
+    f = optfn.perturbations.make_perturbed_fun(lambda x: x.sign().prod(), 200, 0.8, NORMAL[0])
+    theirs = optax.perturbations.make_perturbed_fun(lambda x: jnp.sign(x).prod(), 200, 0.8, NORMAL[1])
+    x = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
+    found = torch.func.hessian(lambda x: f(KEY, x))(x)
+    assert_close(found, from_jax(jax.hessian(lambda x: theirs(THEIR_KEY, x))(jnp.asarray(x.numpy()))), 1e-12)
+    assert found.abs().min() > 0.01
+    by_autograd = torch.autograd.functional.hessian(lambda x: f(KEY, x), x)
+    assert_close(by_autograd, found, 1e-12)
+
+
+def test_a_perturbed_maximum_is_the_softmax():
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    smooth = optfn.perturbations.make_perturbed_fun(lambda x: (x == x.max()).to(x.dtype), 100_000, 1.0)
+    torch.testing.assert_close(smooth(KEY, x), x.softmax(0), rtol=0, atol=0.01)
+    jacobian = torch.func.jacrev(lambda x: smooth(KEY, x))(x)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(lambda x: x.softmax(0))(x), rtol=0, atol=0.02)
+
+
+def test_perturbed_functions_are_mapped_and_traced():
+    f = optfn.perturbations.make_perturbed_fun(torch.sign, 20, 0.5)
+    keys, xs = optfn.random.split(KEY, 3), torch.randn(3, 4, dtype=torch.float64)
+    step = torch.func.grad(lambda x, key: f(key, x).square().sum())
+    expected = torch.stack([step(x, key) for x, key in zip(xs, keys, strict=True)])
+    assert_close(torch.vmap(step)(xs, keys), expected, 1e-12)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(xs[0], keys[0]), expected[0], 1e-12)
+
+
+def test_none_in_a_perturbed_tree():
+    f = optfn.perturbations.make_perturbed_fun(lambda x: {"y": x["a"].sign(), "none": x["none"]}, 20, 0.5)
+    found = f(KEY, {"a": torch.ones(2), "none": None})
+    assert found["none"] is None
+    assert found["y"].shape == (2,)
+
+
+# Sharpness-aware minimization
+
+
+def nonzero(grads):
+    """Optax divides by the norm, of what is all zero too."""
+    return [optfn.tree.map(lambda x, i=i: x + 0.1 * (i + 1), g) for i, g in enumerate(grads)]
+
+
+def uphill(rho, momentum=None):
+    return (
+        optfn.chain(optfn.normalize(), optfn.sgd(rho, momentum=momentum or 0.0)),
+        optax.chain(optax.contrib.normalize(), optax.sgd(rho, momentum)),
+    )
+
+
+DOWN = (
+    optfn.chain(optfn.scale_by_adam(), optfn.add_decayed_weights(0.1), optfn.scale(-0.05)),
+    optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale(-0.05)),
+)
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_sam_is_that_of_optax(period, reset, momentum):
+    adversaries = uphill(0.3, momentum)
+    ours, theirs = (m(d, a, period, reset) for m, d, a in zip((optfn.sam, optax.contrib.sam), DOWN, adversaries, strict=True))
+    compared(ours, theirs, params_of(), nonzero(grads_of()))
+
+
+def bumpy(x):
+    return sum((p**2 + p.cos()).sum() for p in optfn.tree.leaves(x))
+
+
+def bumpy_of_jax(x):
+    return sum((p**2 + jnp.cos(p)).sum() for p in jax.tree.leaves(x))
+
+
+@pytest.mark.parametrize("period", [1, 2, 4])
+@pytest.mark.parametrize("reset", [True, False])
+def test_sam_in_one_update_is_that_of_optax(period, reset):
+    adversaries = uphill(0.3, 0.9)
+    ours, theirs = (
+        m(d, a, period, reset, opaque_mode=True) for m, d, a in zip((optfn.sam, optax.contrib.sam), DOWN, adversaries, strict=True)
+    )
+    # Another gradient at each of the adversarial steps.
+    grad_fn = torch.func.grad(lambda x, i: (i + 1) * bumpy(x))
+    their_grad_fn = jax.grad(lambda x, i: (i + 1) * bumpy_of_jax(x))
+
+    class Theirs:
+        init = theirs.init
+
+        @staticmethod
+        def update(g, state, params):
+            return theirs.update(g, state, params, grad_fn=their_grad_fn)
+
+    expected, _ = run_optax(Theirs, params_of(), nonzero(grads_of(steps=10)))
+    mine = optfn.core.transformation(ours.init, lambda g, state, params: ours.update(g, state, params, grad_fn=grad_fn))
+    steps, _ = run(mine, params_of(), nonzero(grads_of(steps=10)))
+    assert_close(steps, expected, 1e-12)
+
+
+def test_both_modes_are_the_paper():
+    """Algorithm 1 written out, with the gradients of one function."""
+    grad, p = torch.func.grad(bumpy), params_of()
+    plain, seen = p, []
+    for _ in range(10):
+        g = grad(plain)
+        size = optfn.tree.global_norm(g)
+        up = optfn.tree.map(lambda p, g, size=size: p + 0.2 * g / size, plain, g)
+        plain = optfn.tree.map(lambda p, g: p - 0.1 * g, plain, grad(up))
+        seen.append(plain)
+    parts = optfn.sgd(0.1), optfn.chain(optfn.normalize(), optfn.sgd(0.2))
+    for tx, calls in ((optfn.sam(*parts), 2), (optfn.sam(*parts, opaque_mode=True), 1)):
+        params, state = p, tx.init(p)
+        for wanted in seen:
+            for _ in range(calls):
+                updates, state = tx.update(grad(params), state, params, grad_fn=lambda x, i: grad(x))
+                params = optfn.apply_updates(params, updates)
+            assert_close(params, wanted, 1e-12)
+
+
+def test_a_round_of_one_update_is_the_outer_transformation():
+    """Optax steps from where the parameters were one update before: its cache is read before it is written."""
+    steps, _ = run(optfn.sam(DOWN[0], uphill(0.3)[0], 1), params_of(), grads_of())
+    expected, _ = run(DOWN[0], params_of(), grads_of())
+    assert_close(steps, expected, 1e-12)
+    wrong, _ = run_optax(optax.contrib.sam(DOWN[1], uphill(0.3)[1], 1), params_of(), nonzero(grads_of()))
+    right, _ = run_optax(DOWN[1], params_of(), nonzero(grads_of()))
+    with pytest.raises(AssertionError):
+        assert_close(wrong, right, 1e-3)
+
+
+def test_what_a_step_uphill_overflows_to_does_not_reach_the_outer_state():
+    """Optax selects by products with 0 and 1, which of inf are NaN."""
+    tx = optfn.sam(optfn.adam(0.1), optfn.sgd(0.1))
+    params = {"w": torch.ones(2)}
+    _, state = tx.update({"w": torch.tensor([INF, 1.0])}, tx.init(params), params)
+    assert optfn.tree.get(state, "opt_state.1.slots.mu")["w"].tolist() == [0, 0]
+
+
+def test_normalize_of_nothing_is_nothing():
+    """Optax's is NaN."""
+    zero = {"w": torch.zeros(2, dtype=torch.float64)}
+    assert_close(optfn.normalize().update(zero, ())[0], zero, 0)
+    compared(optfn.normalize(), optax.contrib.normalize(), params_of(), nonzero(grads_of()))
+
+
+# Schedule-free
+
+
+def rising(step):
+    """A warm-up, in both libraries."""
+    return 0.1 * ((step + 1) / 8).clip(max=1)
+
+
+def of_one_step_before(schedule):
+    """Optax counts from 1 for the weights, but the base transformation's schedule from 0."""
+    return exact(lambda count: schedule(count - 1.0))
+
+
+SCHEDULE_FREE = {
+    "sgd": (optfn.schedule_free_sgd(), optax.contrib.schedule_free_sgd()),
+    "sgd: all": (
+        optfn.schedule_free_sgd(0.3, 0.8, 0.1, weight_lr_power=1.0),
+        optax.contrib.schedule_free_sgd(0.3, None, 0.8, 0.1, 1.0),
+    ),
+    "adamw": (optfn.schedule_free_adamw(), optax.contrib.schedule_free_adamw()),
+    "adamw: all": (
+        optfn.schedule_free_adamw(0.3, (0.8, 0.95), 1e-3, 0.1, weight_lr_power=0.5),
+        optax.contrib.schedule_free_adamw(0.3, None, 0.8, 0.95, 1e-3, 0.1, 0.5),
+    ),
+    "another base": (
+        optfn.schedule_free(optfn.chain(optfn.scale_by_rms(), optfn.scale(-0.05)), 0.05, 0.7, 3.0),
+        optax.contrib.schedule_free(optax.chain(optax.scale_by_rms(), optax.scale(-0.05)), 0.05, 0.7, 3.0),
+    ),
+    "a warm-up": (
+        optfn.schedule_free(optfn.sgd(rising), rising, weight_lr_power=1.5),
+        optax.contrib.schedule_free(optax.sgd(exact(rising)), of_one_step_before(rising), weight_lr_power=1.5),
+    ),
+    "a rate that falls, and one of 0": (
+        optfn.schedule_free(optfn.sgd(lambda t: 0.1 * (t % 7)), lambda t: 0.1 * (t % 7)),
+        optax.contrib.schedule_free(optax.sgd(exact(lambda t: 0.1 * (t % 7))), of_one_step_before(lambda t: 0.1 * (t % 7))),
+    ),
+    "warmup_steps": (
+        optfn.schedule_free_sgd(0.1, warmup_steps=8),
+        optax.contrib.schedule_free(optax.sgd(exact(rising)), of_one_step_before(rising)),
+    ),
+    "warmup_steps of adamw": (
+        optfn.schedule_free_adamw(optfn.constant_schedule(0.1), warmup_steps=8),
+        optax.contrib.schedule_free(
+            optax.chain(
+                optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True), optax.scale_by_learning_rate(exact(rising))
+            ),
+            of_one_step_before(rising),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_is_that_of_optax(name):
+    ours, theirs = SCHEDULE_FREE[name]
+    params, grads = params_of(), grads_of()
+    expected, their_state = run_optax(theirs, params, grads)
+    steps, state = run(ours, params, grads)
+    assert_close(steps, expected, 1e-12)
+    assert_close(state.z, from_jax(their_state.z), 1e-12)
+    averages = optax.contrib.schedule_free_eval_params(their_state, to_jax(steps[-1]["params"]))
+    assert_close(optfn.schedule_free_eval_params(state, steps[-1]["params"]), from_jax(averages), 1e-12)
+
+
+def test_z_in_a_dtype_of_its_own():
+    ours, theirs = (
+        optfn.schedule_free_sgd(0.3, state_dtype=torch.float32),
+        optax.contrib.schedule_free_sgd(0.3, state_dtype=jnp.float32),
+    )
+    state = compared(ours, theirs, params_of(), grads_of(), 1e-6)
+    assert {z.dtype for z in optfn.tree.leaves(state.z)} == {torch.float32}
+
+
+@pytest.mark.parametrize("warmup", [0, 6])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_schedule_free_adamw_is_the_code_of_its_authors(warmup, decay):
+    """Their AdamWScheduleFree: y and z change in place, by one formula each; and the equations of the paper for x."""
+    lr0, b1, b2, eps = 0.05, 0.9, 0.98, 1e-6
+    params, grads = some_params(), some_grads(STEPS)
+    tx = optfn.schedule_free_adamw(lr0, (b1, b2), eps, decay, warmup_steps=warmup)
+    steps, state = run(tx, params, grads)
+    for name in params:
+        y, z, x = (params[name].clone() for _ in range(3))
+        v, lr_max, weight_sum = torch.zeros_like(y), 0.0, 0.0
+        for k, g in enumerate(grads):
+            lr = lr0 * min((k + 1) / warmup, 1) if warmup else lr0
+            lr_max = max(lr, lr_max)
+            weight_sum += lr_max**2
+            c = lr_max**2 / weight_sum
+            v = b2 * v + (1 - b2) * g[name] ** 2
+            direction = g[name] / ((v / (1 - b2 ** (k + 1))).sqrt() + eps) + decay * y
+            y = torch.lerp(y, z, c) + direction * lr * (b1 * (1 - c) - 1)
+            z = z - lr * direction
+            x = (1 - c) * x + c * z
+            assert_close(steps[k]["params"][name], y, 1e-12)
+        assert_close(optfn.schedule_free_eval_params(state, steps[-1]["params"])[name], x, 1e-11)  # y - z, divided by b1
+
+
+def test_weights_are_of_the_rate_that_the_base_steps_with():
+    """Those of Optax are of the next one."""
+    ours, theirs = (
+        optfn.schedule_free(optfn.sgd(rising), rising),
+        optax.contrib.schedule_free(optax.sgd(exact(rising)), exact(rising)),
+    )
+    steps, state = run(ours, params_of(), grads_of())
+    expected, _ = run_optax(theirs, params_of(), grads_of())
+    with pytest.raises(AssertionError):
+        assert_close(steps, expected, 1e-3)
+    rates = [min((t + 1) / 8, 1) * 0.1 for t in range(STEPS)]
+    assert_close(state.weight_sum, torch.tensor(sum(r**2 for r in rates), dtype=torch.float64), 1e-14)
+
+
+AROUND = {
+    "chain": lambda tx: optfn.chain(optfn.identity(), tx),
+    "named_chain": lambda tx: optfn.named_chain(("clip", optfn.clip(1e9)), ("free", tx)),
+    "apply_if_finite": optfn.apply_if_finite,
+    "accumulate": lambda tx: optfn.accumulate(optfn.chain(tx), 1),
+    "masked": lambda tx: optfn.masked(tx, True),
+    "partition": lambda tx: optfn.partition(
+        {"one": tx, "two": optfn.schedule_free_sgd(0.3)}, lambda path, p: "two" if path == "s" else "one"
+    ),
+    "inject": lambda tx: optfn.inject_hyperparams(lambda lr: optfn.schedule_free_sgd(lr))(lr=0.3),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_averages_are_found_in_any_state(name):
+    """Optax's function wants the bare state."""
+    bare = optfn.schedule_free_sgd(0.3)
+    steps, state = run(bare, params_of(), grads_of())
+    expected = optfn.schedule_free_eval_params(state, steps[-1]["params"])
+    around, state = run(AROUND[name](bare), params_of(), grads_of())
+    assert_close(around, steps, 1e-14)
+    assert_close(optfn.schedule_free_eval_params(state, around[-1]["params"]), expected, 1e-12)
+    with pytest.raises(AttributeError):
+        optax.contrib.schedule_free_eval_params((optax.contrib.schedule_free_sgd().init(1.0),), 1.0)
+
+
+def test_parameters_that_are_not_schedule_free_are_as_they_are():
+    tx = optfn.partition(
+        {"free": optfn.schedule_free_sgd(0.3), "rest": optfn.adam()}, lambda path, p: "free" if p.ndim == 2 else "rest"
+    )
+    steps, state = run(tx, some_params(shapes=SHAPES), some_grads(shapes=SHAPES))
+    params = steps[-1]["params"]
+    found = optfn.schedule_free_eval_params(state, params)
+    assert [name for name in params if not torch.equal(found[name], params[name])] == ["w"]
+
+
+def test_b1_in_the_state_acts():
+    params, grads = params_of(), grads_of()
+    for b1 in (0.9, 0.6):
+        expected, _ = run(optfn.schedule_free_sgd(0.3, b1), params, grads)
+        tx = optfn.schedule_free_sgd(0.3, 0.8)
+        state, p = optfn.tree.set(tx.init(params), b1=b1), params
+        for g, wanted in zip(grads, expected, strict=True):
+            updates, state = tx.update(g, state, p)
+            p = optfn.apply_updates(p, updates)
+            assert_close(p, wanted["params"], 1e-14)
+
+
+def updated(tx, params=None):
+    return tx.update(torch.ones(1), tx.init(torch.ones(1)), params)
+
+
 ERRORS = [
     (lambda: optfn.ema(1.0), ValueError, "decay must be >= 0 and < 1, got 1.0"),
     (lambda: optfn.apply_every(0), ValueError, "k must be >= 1, got 0"),
@@ -424,6 +796,27 @@ ERRORS = [
     (lambda: optfn.dpsgd(0.1, 1.0, 1.0), TypeError, "differentially_private_aggregate needs `key`"),
     (lambda: optfn.dpsgd(0.1, -1.0, 1.0, 7), ValueError, "l2_norm_clip must be >= 0, got -1.0"),
     (lambda: optfn.dpsgd(0.1, 1.0, -1.0, 7), ValueError, "noise_multiplier must be >= 0, got -1.0"),
+    (lambda: optfn.perturbations.make_perturbed_fun(torch.sign, 0), ValueError, "num_samples must be >= 1, got 0"),
+    (lambda: optfn.perturbations.make_perturbed_fun(torch.sign, sigma=0.0), ValueError, "sigma must be > 0, got 0.0"),
+    (lambda: optfn.sam(optfn.adam(), optfn.adam, 2), TypeError, "sam takes transformations"),
+    (lambda: optfn.sam(optfn.adam(), optfn.adam(), 0), ValueError, "sync_period must be >= 1, got 0"),
+    (lambda: updated(optfn.sam(optfn.adam(), optfn.adam())), TypeError, "sam needs `params`"),
+    (
+        lambda: updated(optfn.sam(optfn.adam(), optfn.adam(), opaque_mode=True), torch.ones(1)),
+        TypeError,
+        r"sam needs `grad_fn`: call update\(updates, state, grad_fn=...\)",
+    ),
+    (lambda: optfn.schedule_free(optfn.adam, 0.1), TypeError, "schedule_free takes transformations"),
+    (lambda: optfn.schedule_free(optfn.adam(), -0.1), ValueError, "learning_rate must be >= 0, got -0.1"),
+    (lambda: optfn.schedule_free_sgd(b1=0.0), ValueError, "b1 must be > 0 and <= 1, got 0.0"),
+    (lambda: optfn.schedule_free_sgd(-0.1, warmup_steps=3), ValueError, "lr must be >= 0, got -0.1"),
+    (lambda: optfn.schedule_free_adamw(warmup_steps=-1), ValueError, "warmup_steps must be >= 0, got -1"),
+    (lambda: updated(optfn.schedule_free_sgd()), TypeError, "schedule_free needs `params`"),
+    (
+        lambda: optfn.schedule_free_eval_params(optfn.adam().init(torch.ones(1)), torch.ones(1)),
+        TypeError,
+        "schedule_free_eval_params needs a state with that of schedule_free inside, got tuple",
+    ),
     (lambda: optfn.keep_params_nonnegative().update(torch.ones(1), ()), TypeError, "keep_params_nonnegative needs `params`"),
 ]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.checks import check_state, number, scalar_or_schedule
-from optfn.core import GradientTransformation
+from optfn.core import GradientTransformation, stateless
 from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
 from optfn.numerics import Scalar, norm, rms
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
@@ -15,6 +15,7 @@ from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 __all__ = [
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
+    "normalize",
     "scale",
     "scale_by_learning_rate",
     "scale_by_param_block_norm",
@@ -36,6 +37,23 @@ def scale(step_size: Scalar) -> GradientTransformation:
     """
     step_size = number("step_size", step_size)
     return stateless_with_tree_map(lambda g, p: g * step_size, sparse="values")
+
+
+def normalize() -> GradientTransformation:
+    r"""Scale all updates together to a global norm of 1: :math:`u = g / \|g\|_2`, and 0 where all are 0.
+
+    The norm is :func:`optfn.tree.global_norm`.
+
+    Example:
+        >>> normalize().update({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, ())[0]
+        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+
+    def normalized(updates: Any, params: Any) -> Any:
+        total = tree.global_norm(updates)
+        return scale(1 / torch.where(total == 0, 1, total)).update(updates, ())[0]
+
+    return stateless(normalized)
 
 
 def set_to_zero() -> GradientTransformation:
