@@ -10,7 +10,7 @@ from optfn import random, tree
 from optfn.checks import number
 from optfn.numerics import Scalar
 
-__all__ = ["Gumbel", "Normal", "make_perturbed_fun"]
+__all__ = ["Gumbel", "Noise", "Normal", "make_perturbed_fun"]
 
 
 class Noise(Protocol):

@@ -194,24 +194,24 @@ def examples(dtype=torch.float64):
 BOUNDS = [0.0, 0.5, 5.0, 1e3, INF]
 
 
-@pytest.mark.parametrize("bound", BOUNDS)
-def test_per_example_global_norm_clip_is_that_of_optax(bound):
-    g = examples()
-    total, clipped = optfn.per_example_global_norm_clip(g, bound)
-    expected, count = optax.per_example_global_norm_clip(to_jax(g), bound)
-    assert_close(total, from_jax(expected), 1e-12)
-    assert clipped == int(count)
-    assert clipped.dtype == torch.int64
+def test_per_example_global_norm_clip_is_that_of_optax():
+    g, theirs = examples(), jax.jit(optax.per_example_global_norm_clip)
+    for bound in BOUNDS:
+        total, clipped = optfn.per_example_global_norm_clip(g, bound)
+        expected, count = theirs(to_jax(g), bound)
+        assert_close(total, from_jax(expected), 1e-12)
+        assert clipped == int(count)
+        assert clipped.dtype == torch.int64
 
 
-@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("uniform", [True, False])
-def test_per_example_layer_norm_clip_is_that_of_optax(bound, uniform):
-    g = examples()
-    total, clipped = optfn.per_example_layer_norm_clip(g, bound, uniform)
-    expected, count = optax.per_example_layer_norm_clip(to_jax(g), bound, uniform)
-    assert_close(total, from_jax(expected), 1e-12)
-    assert_close(clipped, from_jax(count), 0)
+def test_per_example_layer_norm_clip_is_that_of_optax(uniform):
+    g, theirs = examples(), jax.jit(optax.per_example_layer_norm_clip, static_argnums=2)
+    for bound in BOUNDS:
+        total, clipped = optfn.per_example_layer_norm_clip(g, bound, uniform)
+        expected, count = theirs(to_jax(g), bound, uniform)
+        assert_close(total, from_jax(expected), 1e-12)
+        assert_close(clipped, from_jax(count), 0)
 
 
 @pytest.mark.parametrize("clip", [optfn.per_example_global_norm_clip, optfn.per_example_layer_norm_clip])
@@ -417,25 +417,26 @@ def weighed_of_jax(values):
     return (values["best"] * jnp.arange(12).reshape(3, 4)).sum() + values["cost"] ** 2
 
 
-@pytest.mark.parametrize("pair", [GUMBEL, NORMAL], ids=["gumbel", "normal"])
-@pytest.mark.parametrize("options", [{}, {"sigma": 0.7}, {"sigma": 0.5, "use_baseline": False}])
+@pytest.mark.parametrize(
+    ("pair", "options"), [(GUMBEL, {}), (NORMAL, {"sigma": 0.7}), (GUMBEL, {"sigma": 0.5, "use_baseline": False})]
+)
 def test_perturbed_values_and_derivatives_are_those_of_optax(pair, options):
     f, theirs = perturbed_pair(*pair, **options)
     x = some_params(shapes={"w": (3, 4), "b": (4,)})
-    assert_close(f(KEY, x), from_jax(theirs(THEIR_KEY, to_jax(x))), 1e-12)
 
     def loss(x):
         return weighed(f(KEY, x))
 
     def their_loss(x):
-        return weighed_of_jax(theirs(THEIR_KEY, x))
+        values = theirs(THEIR_KEY, x)
+        return weighed_of_jax(values), values
 
-    scale = 1e6  # values of -log density and their squares are in the hundreds, and are summed
-    expected = from_jax(jax.jit(jax.grad(their_loss))(to_jax(x)))
+    expected, values = from_jax(jax.jit(jax.grad(their_loss, has_aux=True))(to_jax(x)))
+    assert_close(f(KEY, x), values, 1e-12)
     found = torch.func.grad(loss)(x)
+    # Relative to the whole: an entry is a sum of large numbers of both signs.
     size = max(y.abs().max().item() for y in optfn.tree.leaves(expected))
     assert_close(optfn.tree.map(lambda g: g / size, found), optfn.tree.map(lambda g: g / size, expected), 1e-12)
-    assert size < scale
 
     marked = optfn.tree.map(lambda p: p.clone().requires_grad_(), x)
     by_autograd = torch.autograd.grad(loss(marked), optfn.tree.leaves(marked))
@@ -448,11 +449,11 @@ def test_perturbed_values_and_derivatives_are_those_of_optax(pair, options):
 
 
 def test_second_derivatives_of_a_perturbed_function_are_those_of_optax():
-    f = optfn.perturbations.make_perturbed_fun(lambda x: x.sign().prod(), 200, 0.8, NORMAL[0])
-    theirs = optax.perturbations.make_perturbed_fun(lambda x: jnp.sign(x).prod(), 200, 0.8, NORMAL[1])
+    f = optfn.perturbations.make_perturbed_fun(lambda x: x.sign().prod(), 100, 0.8, NORMAL[0])
+    theirs = optax.perturbations.make_perturbed_fun(lambda x: jnp.sign(x).prod(), 100, 0.8, NORMAL[1])
     x = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
     found = torch.func.hessian(lambda x: f(KEY, x))(x)
-    assert_close(found, from_jax(jax.hessian(lambda x: theirs(THEIR_KEY, x))(jnp.asarray(x.numpy()))), 1e-12)
+    assert_close(found, from_jax(jax.jit(jax.hessian(lambda x: theirs(THEIR_KEY, x)))(jnp.asarray(x.numpy()))), 1e-12)
     assert found.abs().min() > 0.01
     by_autograd = torch.autograd.functional.hessian(lambda x: f(KEY, x), x)
     assert_close(by_autograd, found, 1e-12)
@@ -460,10 +461,10 @@ def test_second_derivatives_of_a_perturbed_function_are_those_of_optax():
 
 def test_a_perturbed_maximum_is_the_softmax():
     x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    smooth = optfn.perturbations.make_perturbed_fun(lambda x: (x == x.max()).to(x.dtype), 100_000, 1.0)
-    torch.testing.assert_close(smooth(KEY, x), x.softmax(0), rtol=0, atol=0.01)
+    smooth = optfn.perturbations.make_perturbed_fun(lambda x: (x == x.max()).to(x.dtype), 20_000, 1.0)
+    torch.testing.assert_close(smooth(KEY, x), x.softmax(0), rtol=0, atol=0.02)
     jacobian = torch.func.jacrev(lambda x: smooth(KEY, x))(x)
-    torch.testing.assert_close(jacobian, torch.func.jacrev(lambda x: x.softmax(0))(x), rtol=0, atol=0.02)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(lambda x: x.softmax(0))(x), rtol=0, atol=0.04)
 
 
 def test_perturbed_functions_are_mapped_and_traced():
@@ -504,9 +505,7 @@ DOWN = (
 )
 
 
-@pytest.mark.parametrize("period", [2, 3, 5])
-@pytest.mark.parametrize("reset", [True, False])
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize(("period", "reset", "momentum"), [(2, True, None), (2, False, 0.9), (3, True, 0.9), (5, False, 0.9)])
 def test_sam_is_that_of_optax(period, reset, momentum):
     adversaries = uphill(0.3, momentum)
     ours, theirs = (m(d, a, period, reset) for m, d, a in zip((optfn.sam, optax.contrib.sam), DOWN, adversaries, strict=True))
@@ -521,8 +520,7 @@ def bumpy_of_jax(x):
     return sum((p**2 + jnp.cos(p)).sum() for p in jax.tree.leaves(x))
 
 
-@pytest.mark.parametrize("period", [1, 2, 4])
-@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize(("period", "reset"), [(1, True), (2, True), (4, False)])
 def test_sam_in_one_update_is_that_of_optax(period, reset):
     adversaries = uphill(0.3, 0.9)
     ours, theirs = (
@@ -581,7 +579,7 @@ def test_what_a_step_uphill_overflows_to_does_not_reach_the_outer_state():
     tx = optfn.sam(optfn.adam(0.1), optfn.sgd(0.1))
     params = {"w": torch.ones(2)}
     _, state = tx.update({"w": torch.tensor([INF, 1.0])}, tx.init(params), params)
-    assert optfn.tree.get(state, "opt_state.1.slots.mu")["w"].tolist() == [0, 0]
+    assert optfn.tree.get(state, "mu")["w"].tolist() == [0, 0]
 
 
 def test_normalize_of_nothing_is_nothing():

@@ -37,7 +37,7 @@ def differentially_private_aggregate(
 
     The numbers are a function of the key, the step and the place of a leaf in the tree, as in :func:`add_noise`. What privacy a run
     has is for an accountant to say, from ``noise_multiplier``, the sampling and the number of steps. The generator is
-    fast and repeatable, not made to withstand an attacker who may guess the seed: draw it from :mod:`secrets`.
+    fast and repeatable, not made to withstand an attacker who may guess the seed: draw it from ``secrets``.
 
     Args:
         l2_norm_clip: :math:`c \ge 0`, in the units of the gradients.
