@@ -106,10 +106,9 @@ def sam(
 
         def turn(g: Tensor, a: Any, u: Any, c: Tensor, p: Tensor) -> Tensor:
             wide = compute_dtype(g, p)
+            up: Any = 0 if a is None else -a.to(wide)
             back = c.to(wide) - p.to(wide)
-            return torch.where(last.to(g.device), back if u is None else back + u.to(wide), 0 if a is None else -a.to(wide)).to(
-                g.dtype
-            )
+            return torch.where(last.to(g.device), back if u is None else back + u.to(wide), up).to(g.dtype)
 
         new = tree.map(turn, updates, uphill, down, cache, params)
         fresh = adv_optimizer.init(params) if reset_state else state.adv_state
