@@ -3,7 +3,7 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, random, tree
+from optfn import interop, perturbations, random, tree
 from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
@@ -39,6 +39,7 @@ from optfn.optimizers.dog import (
     scale_by_dog,
     scale_by_dowg,
 )
+from optfn.optimizers.dpsgd import DifferentiallyPrivateAggregateState, differentially_private_aggregate, dpsgd
 from optfn.optimizers.lbfgs import LbfgsState, lbfgs
 from optfn.optimizers.lion import LionSlots, lion, scale_by_lion
 from optfn.optimizers.madgrad import MadgradSlots, madgrad, scale_by_madgrad
@@ -56,6 +57,7 @@ from optfn.optimizers.momo import (
 )
 from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
+from optfn.optimizers.noisy_sgd import noisy_sgd
 from optfn.optimizers.novograd import NovogradSlots, novograd, scale_by_novograd
 from optfn.optimizers.optimistic import (
     OptimisticGradientSlots,
@@ -75,10 +77,19 @@ from optfn.optimizers.prodigy import (
 from optfn.optimizers.radam import RAdamSlots, radam, scale_by_radam
 from optfn.optimizers.rmsprop import RmsSlots, rmsprop, scale_by_rms, scale_by_stddev
 from optfn.optimizers.rprop import RpropSlots, rprop, scale_by_rprop
+from optfn.optimizers.sam import SAMState, sam
+from optfn.optimizers.schedule_free import (
+    ScheduleFreeState,
+    schedule_free,
+    schedule_free_adamw,
+    schedule_free_eval_params,
+    schedule_free_sgd,
+)
 from optfn.optimizers.sgd import sgd
 from optfn.optimizers.signum import scale_by_sign, sign_sgd, signum
 from optfn.optimizers.sm3 import Sm3Slots, scale_by_sm3, sm3
 from optfn.optimizers.sparse_adam import sparse_adam
+from optfn.optimizers.trust_ratio import fromage, lamb, lars, scale_by_trust_ratio
 from optfn.optimizers.yogi import YogiSlots, scale_by_yogi, yogi
 from optfn.schedules import (
     Schedule,
@@ -103,18 +114,33 @@ from optfn.schedules import (
     warmup_cosine_decay_schedule,
     warmup_stable_decay_schedule,
 )
-from optfn.transforms.clipping import ClipByGlobalNormState, clip, clip_by_block_rms, clip_by_global_norm
+from optfn.transforms.clipping import (
+    ClipByGlobalNormState,
+    adaptive_grad_clip,
+    clip,
+    clip_by_block_rms,
+    clip_by_global_norm,
+    per_example_global_norm_clip,
+    per_example_layer_norm_clip,
+    unitwise_clip,
+    unitwise_norm,
+)
+from optfn.transforms.constraining import ZeroNansSlots, centralize, keep_params_nonnegative, zero_nans
 from optfn.transforms.decay import add_decayed_weights
-from optfn.transforms.momentum import TraceSlots, trace
+from optfn.transforms.momentum import ApplyEveryState, EmaSlots, TraceSlots, apply_every, ema, trace
+from optfn.transforms.noise import AddNoiseState, add_noise
 from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
 from optfn.transforms.scaling import (
     ScaleByLearningRateState,
     ScaleByScheduleState,
+    normalize,
     normalize_by_update_norm,
     scale,
     scale_by_learning_rate,
+    scale_by_param_block_norm,
     scale_by_param_block_rms,
     scale_by_schedule,
+    set_to_zero,
 )
 from optfn.wrappers.accumulate import AccumulateState, accumulate
 from optfn.wrappers.averages import EmaParamsState, ema_params
@@ -133,8 +159,10 @@ __all__ = [
     "AdamSlots",
     "AdamaxSlots",
     "AdanSlots",
+    "AddNoiseState",
     "AdemamixSlots",
     "AdoptSlots",
+    "ApplyEveryState",
     "ApplyIfFiniteState",
     "AsgdSlots",
     "BeliefSlots",
@@ -142,10 +170,12 @@ __all__ = [
     "CocobSlots",
     "CoupledState",
     "DAdaptSlots",
+    "DifferentiallyPrivateAggregateState",
     "DistanceSlots",
     "DogShared",
     "DowgShared",
     "EmaParamsState",
+    "EmaSlots",
     "EstimateShared",
     "FactoredSlots",
     "GradientTransformation",
@@ -175,13 +205,16 @@ __all__ = [
     "RelativeStepSlots",
     "RmsSlots",
     "RpropSlots",
+    "SAMState",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
+    "ScheduleFreeState",
     "SimplifiedAdemamixSlots",
     "Sm3Slots",
     "TraceSlots",
     "YogiSlots",
+    "ZeroNansSlots",
     "__version__",
     "accumulate",
     "acprop",
@@ -194,13 +227,17 @@ __all__ = [
     "adamaxw",
     "adamw",
     "adan",
+    "adaptive_grad_clip",
     "add_decayed_weights",
+    "add_noise",
     "ademamix",
     "adopt",
     "amsgrad",
+    "apply_every",
     "apply_if_finite",
     "apply_updates",
     "asgd",
+    "centralize",
     "chain",
     "chained_scheduler",
     "clip",
@@ -216,16 +253,23 @@ __all__ = [
     "coupled",
     "cyclic_lr",
     "dadapt_adamw",
+    "differentially_private_aggregate",
     "dog",
     "dowg",
+    "dpsgd",
+    "ema",
     "ema_params",
     "exponential_decay",
     "freeze",
+    "fromage",
     "identity",
     "inject_hyperparams",
     "interop",
     "is_elementwise",
     "join_schedules",
+    "keep_params_nonnegative",
+    "lamb",
+    "lars",
     "lbfgs",
     "leafwise",
     "linear_onecycle_schedule",
@@ -243,12 +287,17 @@ __all__ = [
     "nadam",
     "nadamw",
     "named_chain",
+    "noisy_sgd",
+    "normalize",
     "normalize_by_update_norm",
     "novograd",
     "one_cycle_lr",
     "optimistic_adam_v2",
     "optimistic_gradient_descent",
     "partition",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "perturbations",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polyak_sgd",
@@ -259,6 +308,7 @@ __all__ = [
     "reduce_on_plateau",
     "rmsprop",
     "rprop",
+    "sam",
     "scale",
     "scale_by_acprop",
     "scale_by_adadelta",
@@ -286,6 +336,7 @@ __all__ = [
     "scale_by_nadam",
     "scale_by_novograd",
     "scale_by_optimistic_gradient",
+    "scale_by_param_block_norm",
     "scale_by_param_block_rms",
     "scale_by_polyak",
     "scale_by_prodigy",
@@ -300,7 +351,13 @@ __all__ = [
     "scale_by_simplified_ademamix",
     "scale_by_sm3",
     "scale_by_stddev",
+    "scale_by_trust_ratio",
     "scale_by_yogi",
+    "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_eval_params",
+    "schedule_free_sgd",
+    "set_to_zero",
     "sgd",
     "sgdr_schedule",
     "sign_sgd",
@@ -313,8 +370,11 @@ __all__ = [
     "stateless_with_tree_map",
     "trace",
     "tree",
+    "unitwise_clip",
+    "unitwise_norm",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
     "warmup_stable_decay_schedule",
     "yogi",
+    "zero_nans",
 ]

@@ -54,6 +54,25 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     return torch.tensor([seed >> 32 & _WORD, seed & _WORD], device=device)
 
 
+def as_key(owner: str, given: int | Tensor | None) -> Tensor:
+    """The key of a seed, or the key that is given; an error that names ``owner`` where neither is.
+
+    Example:
+        >>> as_key("add_noise", 7)
+        tensor([0, 7])
+        >>> as_key("add_noise", None)
+        Traceback (most recent call last):
+        ...
+        TypeError: add_noise needs `key`: an integer seed, or a key, optfn.random.key(seed)
+    """
+    if given is None:
+        raise TypeError(f"{owner} needs `key`: an integer seed, or a key, optfn.random.key(seed)")
+    if isinstance(given, int):
+        return key(given)
+    _check(given)
+    return given
+
+
 def split(key: Tensor, num: int | tuple[int, ...] = 2) -> Tensor:
     """New keys from one: ``jax.random.split``. The old one is not to be used again.
 

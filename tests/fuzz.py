@@ -609,6 +609,14 @@ def _partition(d: Draw, depth: int) -> Args:
     return f"optfn.partition({{{{'a': {{0}}, 'b': {{1}}}}}}, {labels})", (*d.inner(depth), *d.inner(depth))
 
 
+def _of_examples(name: str, *arguments: Callable[[Draw], str]) -> Callable[[Draw, int], Args]:
+    """For what takes gradients of examples: the gradient, and a tenth of it."""
+    numbers = (_of("l2_norm_clip", 0.1, 2), _of("noise_multiplier", 0, 1), _choice("key", 0, 7))
+    call = _call(name, *arguments, *map(needed, numbers))
+    examples = "lambda updates, params: optfn.tree.map(lambda g: torch.stack([g, g / 10]), updates)"
+    return lambda d, depth: (f"optfn.chain(optfn.stateless({examples}), {call(d, depth)[0]})", ())
+
+
 LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "sgd": _sgd,
     "adam": _call("adam", _rate, _betas, _eps, _decay, _choice("amsgrad", True), _max, _choice("decoupled_weight_decay", True)),
@@ -690,6 +698,27 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "stateless": lambda d, depth: ("optfn.stateless(lambda updates, params: optfn.tree.map(lambda u: u / 3 - 1, updates))", ()),
     "stateless_with_tree_map": lambda d, depth: ("optfn.stateless_with_tree_map(lambda g, p: torch.tanh(g))", ()),
     "leafwise": lambda d, depth: ("optfn.leafwise(lambda p: Smooth(torch.zeros_like(p)), smooth)", ()),
+    "lamb": _call("lamb", _rate, _betas, _eps, _decay, _max, lambda d: f"mask={d.mask()}"),
+    "lars": _call("lars", needed(_rate), _decay, _of("trust_coefficient", 0.001, 0.5), _eps, _choice("nesterov", True), _max),
+    "fromage": _call("fromage", _rate, _of("min_norm", 1e-3, 0.1), _max),
+    "noisy_sgd": _call("noisy_sgd", _rate, _of("eta", 0, 0.1), _of("gamma", 0, 1), needed(_choice("key", 0, 7)), _max),
+    "dpsgd": _of_examples("dpsgd", needed(_rate)),
+    "differentially_private_aggregate": _of_examples("differentially_private_aggregate"),
+    "add_noise": _call("add_noise", needed(_of("eta", 0, 0.1)), needed(_of("gamma", 0, 1)), needed(_choice("key", 0, 7))),
+    "schedule_free_sgd": _call("schedule_free_sgd", _rate, _of("b1", 0.1, 0.99), _decay, _choice("warmup_steps", 2), _max),
+    "schedule_free_adamw": _call("schedule_free_adamw", _rate, _eps, _decay, _choice("warmup_steps", 2), _dtype("state_dtype")),
+    "centralize": _call("centralize"),
+    "keep_params_nonnegative": _call("keep_params_nonnegative"),
+    "zero_nans": _call("zero_nans"),
+    "set_to_zero": _call("set_to_zero"),
+    "normalize": _call("normalize"),
+    "scale_by_param_block_norm": _call("scale_by_param_block_norm", _of("min_scale", 0.001, 1)),
+    "scale_by_trust_ratio": _call(
+        "scale_by_trust_ratio", _of("min_norm", 0.001, 1), _of("trust_coefficient", 0.001, 1), _of("eps", 1e-3, 0.1)
+    ),
+    "adaptive_grad_clip": _call("adaptive_grad_clip", needed(_of("clipping", 0.01, 1)), _of("eps", 1e-3, 0.1)),
+    "ema": _call("ema", needed(_of("decay", 0, 0.99)), _choice("debias", False), _dtype("accumulator_dtype")),
+    "apply_every": _call("apply_every", lambda d: f"k={d.one(1, 2, 3)}"),
     "ema_params": _call("ema_params", _of("decay", 0.1, 0.99), _dtype("average_dtype")),
     # What wraps
     "chain": lambda d, depth: ("optfn.chain({0}, {1})", (*d.inner(depth), *d.inner(depth))),
@@ -699,6 +728,8 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "maximize": lambda d, depth: ("optfn.maximize({0})", d.inner(depth)),
     "sparse_masked": lambda d, depth: ("optfn.sparse_masked({0}, dense='zeros_absent')", d.inner(depth)),
     "inject_hyperparams": _inject,
+    "sam": lambda d, depth: (f"optfn.sam({{0}}, {{1}}, {d.one(1, 2, 3)}, {d.flag()})", (*d.inner(depth), *d.inner(depth))),
+    "schedule_free": lambda d, depth: (f"optfn.schedule_free({{0}}, {d.rate()}, {d.number(0.1, 0.99)})", d.inner(depth)),
     "apply_if_finite": lambda d, depth: (f"optfn.apply_if_finite({{0}}, {d.one(None, 2)})", d.inner(depth)),
     "accumulate": lambda d, depth: (f"optfn.accumulate({{0}}, {d.one(1, 2, 3)}, use_grad_mean={d.flag()})", d.inner(depth)),
 }

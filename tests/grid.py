@@ -121,6 +121,16 @@ NO_COMPLEX = Declared("it refuses complex parameters, as torch does", TypeError,
 
 MU64 = {"mu": torch.float64}
 M64 = {"m1": torch.float64, "m2": torch.float64}
+REFUSES_COMPLEX = Declared("its units are of dimensions, of which a real view has one more", TypeError, "'a' is complex")
+NO_USE = Declared("updates do not depend on the gradients", AssertionError, "nothing depends on grads")
+NO_RECORD = Declared("updates do not depend on the gradients", AssertionError, "updates do not require grad")
+
+ANEW = Declared("the adversary begins anew, for a leaf that sits the step out too", AssertionError, "has changed")
+OWN_NUMBERS = {
+    "float64": Declared("each dtype has its own random numbers", AssertionError, "are not close"),
+    "complex": Declared("a complex number is one random number, of variance 1", AssertionError, "are not close"),
+}
+
 SCALARS = {"eta": torch.float32, "mu": torch.float32}
 FLOAT32 = dict.fromkeys(
     ("grad", "jvp"), Declared("its step size is rounded to float32, as torch's is", AssertionError, "Scalars are not close")
@@ -143,6 +153,22 @@ def warmed(start: Any, end: Any) -> optfn.Schedule:
 ONE_VECTOR = {
     "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
 }
+
+
+def of_two_examples(tx: GradientTransformation) -> GradientTransformation:
+    """For what takes gradients of examples: one of them is the gradient, the other a tenth of it."""
+    return optfn.chain(optfn.stateless(lambda updates, params: optfn.tree.map(lambda g: torch.stack([g, g / 10]), updates)), tx)
+
+
+def uphill_by_itself(tx: GradientTransformation) -> GradientTransformation:
+    """With a grad_fn, as what calls a transformation in one update for a whole round would give it."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        grad_fn = lambda moved, i: optfn.tree.map(lambda g, p: (g + (i + 1) * p).to(g.dtype), updates, moved)  # noqa: E731
+        return tx.update(updates, state, params, grad_fn=grad_fn, **extra)
+
+    return optfn.core.transformation(tx.init, update)
+
 
 ROWS = [
     # Aliases
@@ -257,6 +283,29 @@ ROWS = [
     Row("madgrad.decay", lambda h: optfn.madgrad(warmed(0.1, 0.2), 0.8, h, 1e-3, maximize=True)),
     Row("cocob", lambda h: optfn.cocob(alpha=h), 5.0),
     Row("cocob.decay", lambda h: optfn.cocob(warmed(0.1, 0.2), 5.0, weight_decay=h, mask=pairs, maximize=True)),
+    Row("lamb", optfn.lamb),
+    Row("lamb.mask", lambda h: optfn.lamb(0.1, (0.8, 0.9), weight_decay=h, eps_root=1e-3, mask=pairs, maximize=True)),
+    Row("lars", lambda h: optfn.lars(h, trust_coefficient=0.1)),
+    Row(
+        "lars.masks",
+        lambda h: optfn.lars(0.1, h, pairs, 0.5, 1e-3, pairs, 0.8, True, maximize=True),
+    ),
+    Row("fromage", optfn.fromage),
+    Row("fromage.schedule", lambda h: optfn.fromage(optfn.linear_schedule(h, 0.01, 10), 1e-3, maximize=True)),
+    Row("noisy_sgd", lambda h: optfn.noisy_sgd(0.1, h, key=7, maximize=True), but=OWN_NUMBERS),
+    Row("dpsgd", lambda h: of_two_examples(optfn.dpsgd(0.1, 0.7, h, 7, 0.9)), but=OWN_NUMBERS),
+    Row("schedule_free_sgd", optfn.schedule_free_sgd),
+    Row(
+        "schedule_free_sgd.warmup",
+        lambda h: optfn.schedule_free_sgd(h, 0.8, 0.1, warmup_steps=5, weight_lr_power=1.0, mask=pairs, maximize=True),
+    ),
+    Row("schedule_free_adamw", optfn.schedule_free_adamw),
+    Row(
+        "schedule_free_adamw.state_dtype",
+        lambda h: optfn.schedule_free_adamw(0.1, (h, 0.99), weight_decay=0.1, state_dtype=torch.float64),
+        0.8,
+        wide={"z": torch.float64},
+    ),
     # Blocks
     Row("scale_by_distance_over_gradients", lambda h: optfn.scale_by_distance_over_gradients(h, param_dtype=torch.float64)),
     Row("scale_by_dog", lambda h: optfn.scale_by_dog(("heuristic", h)), but={"none": OF_ALL}),
@@ -364,6 +413,34 @@ ROWS = [
     Row("scale_by_madgrad", lambda h: optfn.scale_by_madgrad(h)),
     Row("scale_by_madgrad.schedule", lambda h: optfn.scale_by_madgrad(warmed(0.1, 0.2), h), 0.8),
     Row("scale_by_cocob", lambda h: optfn.scale_by_cocob(h), 5.0),
+    Row("centralize", lambda: optfn.centralize(), None, but={"complex": REFUSES_COMPLEX, "vmap_lr": NO_NUMBER}),
+    Row("keep_params_nonnegative", optfn.keep_params_nonnegative, None, but={"vmap_lr": NO_NUMBER}),
+    Row("zero_nans", optfn.zero_nans, None, but={"vmap_lr": NO_NUMBER}),
+    Row("set_to_zero", optfn.set_to_zero, None, but={"vmap_lr": NO_NUMBER, "grad": NO_USE, "records": NO_RECORD}),
+    Row("scale_by_param_block_norm", optfn.scale_by_param_block_norm, 4.0),
+    Row("adaptive_grad_clip", optfn.adaptive_grad_clip, 0.2, but={"complex": REFUSES_COMPLEX}),
+    Row(
+        "adaptive_grad_clip.axis",
+        lambda h: optfn.adaptive_grad_clip(0.2, eps=h, axis=-1),
+        2.0,
+        but={
+            "complex": REFUSES_COMPLEX,
+            "scalar_leaf": Declared("a 0-dim leaf has no such dimension", ValueError, "of the 0 dimensions"),
+        },
+    ),
+    Row("ema", optfn.ema, 0.9),
+    Row("ema.raw", lambda h: optfn.ema(h, False, torch.float64), 0.9, wide={"ema": torch.float64}),
+    Row("apply_every", lambda h: optfn.chain(optfn.scale(h), optfn.apply_every(2)), 0.7, steps=4),
+    Row("scale_by_trust_ratio", lambda h: optfn.scale_by_trust_ratio(trust_coefficient=h)),
+    Row("scale_by_trust_ratio.eps", lambda h: optfn.scale_by_trust_ratio(2.0, 0.1, eps=h)),
+    Row("add_noise", lambda h: optfn.add_noise(h, 0.5, 7), but=OWN_NUMBERS),
+    Row(
+        "differentially_private_aggregate",
+        lambda h: of_two_examples(optfn.differentially_private_aggregate(h, 0.1, 7)),
+        0.7,
+        but=OWN_NUMBERS,
+    ),
+    Row("normalize", lambda: optfn.normalize(), None, but={"vmap_lr": NO_NUMBER}),
     # Combinators
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
@@ -412,6 +489,15 @@ ROWS = [
         "ema_params.avg_fn",
         lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(avg_fn=lambda average, p, n: (n * average + 3 * p) / (n + 3))),
         but={"none": AVERAGED},
+    ),
+    wrapper("sam", lambda tx: optfn.sam(tx, optfn.chain(optfn.normalize(), optfn.sgd(0.1, momentum=0.9))), but={"none": ANEW}),
+    Row("sam.adversary", lambda h: optfn.sam(optfn.adam(0.1), optfn.adam(h), 3, reset_state=False), steps=4),
+    Row("sam.opaque", lambda h: uphill_by_itself(optfn.sam(optfn.adam(0.1), optfn.sgd(h), 3, opaque_mode=True))),
+    wrapper("schedule_free", lambda tx: optfn.schedule_free(tx, 0.1)),
+    Row(
+        "schedule_free.schedule",
+        lambda h: optfn.schedule_free(optfn.sgd(0.1), optfn.linear_schedule(0.1, 0.5, 10), h, weight_lr_power=1.5),
+        0.8,
     ),
     Row("ema_params.swa", lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(None)), but={"none": AVERAGED}),
 ]

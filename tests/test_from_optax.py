@@ -68,7 +68,9 @@ def test_what_is_the_same_is_here(name: str) -> None:
     assert callable(found)
 
 
-BLOCKS = [name for name in HERE if "." not in name and name.startswith(("scale_by_", "clip", "add_", "trace", "ema", "per_example"))]
+BLOCKS = [
+    name for name in HERE if "." not in name and name.startswith(("scale_by_", "clip", "add_", "trace", "ema", "per_example"))
+]
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -1,5 +1,6 @@
-"""Clipping: of values, of the norm of everything, of each tensor's root mean square."""
+"""Clipping: of values, of the norm of everything, of each tensor, of each unit, of each example."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +10,23 @@ from optfn import tree
 from optfn.checks import check_state, number
 from optfn.core import GradientTransformation, stateless, transformation
 from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar, rms, widened_scalar
+from optfn.numerics import Scalar, compute_dtype, rms, widened_scalar
 from optfn.transforms.scaling import scale
 
-__all__ = ["ClipByGlobalNormState", "clip", "clip_by_block_rms", "clip_by_global_norm"]
+__all__ = [
+    "ClipByGlobalNormState",
+    "adaptive_grad_clip",
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "unitwise_clip",
+    "unitwise_norm",
+]
+
+Axis = int | tuple[int, ...] | None
+"""Dimensions that a norm sums over."""
 
 
 def clip(max_delta: Scalar) -> GradientTransformation:
@@ -113,3 +127,190 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
         return g / (rms(g) / bound).clamp_min(1)
 
     return stateless_with_tree_map(clipped, elementwise=False)
+
+
+def unitwise_norm(x: Tensor, axis: Axis = None) -> Tensor:
+    """The 2-norm of each unit of a tensor, in every entry of that unit.
+
+    A unit is what feeds one output of a layer. torch's layers have the output dimension first, so by default the norm is over
+    all dimensions but the first, for linear, convolutional and attention weights alike. A tensor with no more than one dimension
+    longer than 1 is one unit.
+
+    Optax's layers have the output last, and its default follows that: ``axis=0`` for two or three dimensions, ``(0, 1, 2)`` for
+    four, ``(0, 1, 2, 3)`` for five. Given here, they mean the same.
+
+    Args:
+        x: a tensor of any shape.
+        axis: the dimension or dimensions to sum over.
+
+    Returns:
+        A tensor of the shape of ``x``, real, float32 or wider.
+
+    Raises:
+        ValueError: ``x`` has no such dimension.
+
+    Example:
+        >>> unitwise_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[5., 5.],
+                [2., 2.]])
+    """
+    if axis is None:
+        vector = sum(size != 1 for size in x.shape) <= 1
+        axis = tuple(range(0 if vector else 1, x.ndim))
+    axis = axis if isinstance(axis, tuple) else (axis,)
+    if not all(-x.ndim <= i < x.ndim for i in axis):
+        raise ValueError(f"axis must be of the {x.ndim} dimensions of a tensor of shape {tuple(x.shape)}, got {axis}")
+    return torch.linalg.vector_norm(x, dim=axis or None, keepdim=True, dtype=compute_dtype(x)).expand(x.shape)
+
+
+def unitwise_clip(g_norm: Tensor, max_norm: Tensor, grad: Tensor, div_eps: Scalar = 1e-6) -> Tensor:
+    r"""Scale a gradient so that each unit has at most its norm: :math:`g\, m / \max(\|g\|, \epsilon)` where :math:`\|g\| \ge m`.
+
+    Args:
+        g_norm: norms of the units, as :func:`unitwise_norm` gives them.
+        max_norm: :math:`m`, the largest that they may be.
+        grad: the gradient.
+        div_eps: :math:`\epsilon > 0`, below which no norm is divided by.
+
+    Raises:
+        ValueError: the three tensors are not of one shape; ``div_eps`` is out of range.
+
+    Example:
+        >>> grad = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> unitwise_clip(unitwise_norm(grad), torch.full((2, 2), 2.5), grad)
+        tensor([[1.5000, 2.0000],
+                [0.0000, 2.0000]])
+    """
+    floor = number("div_eps", div_eps, above=0)
+    if not g_norm.shape == max_norm.shape == grad.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (g_norm, max_norm, grad))
+        raise ValueError(f"unitwise_clip: g_norm, max_norm and grad must be of one shape, got {shapes}")
+    return torch.where(g_norm < max_norm, grad, grad * (max_norm / g_norm.clamp_min(floor)))
+
+
+def adaptive_grad_clip(clipping: Scalar, eps: Scalar = 1e-3, axis: Axis = None) -> GradientTransformation:
+    r"""Scale each unit's update so that its norm is at most a share of the norm of the unit's weights.
+
+    .. math:: u_i = \begin{cases} \lambda\, m_i\, g_i / \|g_i\| & \|g_i\| \ge \lambda\, m_i \\ g_i & \text{else} \end{cases}, \qquad
+        m_i = \max(\|p_i\|, \epsilon)
+
+    A unit :math:`i` is what feeds one output. The default is torch's layout, the output dimension first; Optax's default has it
+    last, and takes an ``axis`` here, see :func:`unitwise_norm`.
+
+    Args:
+        clipping: :math:`\lambda \ge 0`, the largest ratio of the norms.
+        eps: :math:`\epsilon \ge 0`, in the units of the parameters, so that weights that are zero can move.
+        axis: the dimension or dimensions that a unit's norm sums over, of every leaf; by default all but the first.
+
+    Raises:
+        TypeError: from ``update``: ``params`` is missing; a tensor is complex.
+        ValueError: an argument out of range; from ``update``: a tensor without a dimension of ``axis``.
+
+    Reference:
+        Brock et al., `High-Performance Large-Scale Image Recognition Without Normalization
+        <https://arxiv.org/abs/2102.06171>`_, 2021, equation 3.
+
+    Example:
+        >>> params = torch.tensor([[3.0, 4.0], [3.0, 4.0]])
+        >>> adaptive_grad_clip(0.5).update(torch.tensor([[30.0, 40.0], [0.0, 2.0]]), (), params)[0]
+        tensor([[1.5000, 2.0000],
+                [0.0000, 2.0000]])
+    """
+    ratio, floor = number("clipping", clipping, at_least=0), number("eps", eps, at_least=0)
+
+    def clipped(g: Tensor, p: Tensor) -> Tensor:
+        return unitwise_clip(unitwise_norm(g, axis), ratio * unitwise_norm(p, axis).clamp_min(floor), g)
+
+    return stateless_with_tree_map(clipped, elementwise=False, needs_params=True, complex_="error")
+
+
+def per_example_global_norm_clip(grads: Any, l2_norm_clip: Scalar) -> tuple[Any, Tensor]:
+    r"""Clip each example's gradient by its global norm, and sum them: :math:`\sum_b g_b \min(1, c / \|g_b\|)`.
+
+    Args:
+        grads: a tree of tensors whose first dimension is that of the examples, as ``torch.func.vmap(torch.func.grad(loss))``
+            gives them; None stays None.
+        l2_norm_clip: :math:`c \ge 0`, in the units of the gradients.
+
+    Returns:
+        The sum, a tree, and how many examples were clipped, a 0-dim int64 tensor.
+
+    Raises:
+        ValueError: a tensor has no such dimension; a negative ``l2_norm_clip``.
+
+    Reference:
+        Abadi et al., `Deep Learning with Differential Privacy <https://arxiv.org/abs/1607.00133>`_, 2016, algorithm 1.
+
+    Example:
+        >>> per_example_global_norm_clip({"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}, 1.0)
+        ({'w': tensor([0.6000, 1.3000])}, tensor(1))
+    """
+    bound = number("l2_norm_clip", l2_norm_clip, at_least=0)
+    norms = [_example_norms(g) for g in _with_examples("per_example_global_norm_clip", grads)]
+    if not norms:
+        return grads, tree.new_count(grads)
+    wide = compute_dtype(*norms)
+    factors = _factors(torch.linalg.vector_norm(torch.stack([x.to(norms[0].device, wide) for x in norms]), dim=0), bound)
+    return tree.map(lambda g: _weighted_sum(factors, g), grads), (factors < 1).sum()
+
+
+def per_example_layer_norm_clip(grads: Any, global_l2_norm_clip: Scalar, uniform: bool = True) -> tuple[Any, Any]:
+    r"""Clip each example's gradient leaf by leaf, and sum them; the norm over all leaves is then at most the bound.
+
+    Args:
+        grads: as in :func:`per_example_global_norm_clip`.
+        global_l2_norm_clip: :math:`c \ge 0`, in the units of the gradients.
+        uniform: whether each of :math:`k` leaves is held to :math:`c / \sqrt k`; else a leaf with :math:`n` of all :math:`N`
+            parameters is held to :math:`c \sqrt{n / N}`.
+
+    Returns:
+        The sum, and how many examples were clipped in each leaf, two trees.
+
+    Raises:
+        ValueError: as :func:`per_example_global_norm_clip`.
+
+    Reference:
+        McMahan et al., `Learning Differentially Private Recurrent Language Models <https://arxiv.org/abs/1710.06963>`_, 2017,
+        section 2 (flat and per-layer clipping).
+
+    Example:
+        >>> grads = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]]), "b": torch.tensor([[2.0], [0.5]])}
+        >>> per_example_layer_norm_clip(grads, 2**0.5)
+        ({'w': tensor([0.6000, 1.3000]), 'b': tensor([1.5000])}, {'w': tensor(1), 'b': tensor(1)})
+    """
+    bound = number("global_l2_norm_clip", global_l2_norm_clip, at_least=0)
+    leaves = _with_examples("per_example_layer_norm_clip", grads)
+    total = sum(math.prod(g.shape[1:]) for g in leaves)
+
+    def factors(g: Tensor) -> Tensor:
+        share = 1 / len(leaves) if uniform else math.prod(g.shape[1:]) / max(total, 1)
+        return _factors(_example_norms(g), bound * share**0.5)
+
+    found = tree.map(factors, grads)
+    return tree.map(_weighted_sum, found, grads), tree.map(lambda x: (x < 1).sum(), found)
+
+
+def _with_examples(owner: str, grads: Any) -> list[Tensor]:
+    """The leaves, which have a first dimension of one size."""
+    leaves = tree.leaves(grads)
+    for path, g in zip(tree.paths(grads), tree.flatten(grads)[0], strict=True):
+        if g is not None and (g.ndim == 0 or g.shape[0] != leaves[0].shape[0]):
+            count = leaves[0].shape[0] if leaves[0].ndim else "the number of examples"
+            raise ValueError(f"{owner}: {path!r} must have a first dimension of {count}, the examples, got shape {tuple(g.shape)}")
+    return leaves
+
+
+def _example_norms(g: Tensor) -> Tensor:
+    x = g.unsqueeze(-1)  # so that there is a dimension to sum over
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=compute_dtype(x))
+
+
+def _factors(norms: Tensor, bound: Scalar) -> Tensor:
+    """What each example is multiplied with; a norm that is not above the bound stays out of the quotient."""
+    above = norms > bound
+    return torch.where(above, bound / torch.where(above, norms, 1), 1)
+
+
+def _weighted_sum(factors: Tensor, g: Tensor) -> Tensor:
+    wide = compute_dtype(g)
+    return torch.tensordot(factors.to(g.device, wide), g.to(wide), 1).to(g.dtype)

@@ -1,4 +1,4 @@
-"""Blocks that multiply the updates: by a number, by a schedule, by the learning rate."""
+"""Blocks that multiply the updates: by a number, by a schedule, by the learning rate, by a norm of the parameters."""
 
 from typing import Any, NamedTuple
 
@@ -9,17 +9,20 @@ from optfn import tree
 from optfn.checks import check_state, number, scalar_or_schedule
 from optfn.core import GradientTransformation, stateless
 from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
-from optfn.numerics import Scalar, rms
+from optfn.numerics import Scalar, norm, rms
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
 __all__ = [
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
+    "normalize",
     "normalize_by_update_norm",
     "scale",
     "scale_by_learning_rate",
+    "scale_by_param_block_norm",
     "scale_by_param_block_rms",
     "scale_by_schedule",
+    "set_to_zero",
 ]
 
 
@@ -35,6 +38,51 @@ def scale(step_size: Scalar) -> GradientTransformation:
     """
     step_size = number("step_size", step_size)
     return stateless_with_tree_map(lambda g, p: g * step_size, sparse="values")
+
+
+def normalize() -> GradientTransformation:
+    r"""Scale all updates together to a global norm of 1: :math:`u = g / \|g\|_2`, and 0 where all are 0.
+
+    The norm is :func:`optfn.tree.global_norm`.
+
+    Example:
+        >>> normalize().update({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, ())[0]
+        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
+    """
+
+    def normalized(updates: Any, params: Any) -> Any:
+        total = tree.global_norm(updates)
+        return scale(1 / torch.where(total == 0, 1, total)).update(updates, ())[0]
+
+    return stateless(normalized)
+
+
+def set_to_zero() -> GradientTransformation:
+    """Make every update zero. The leaves still step, with an update of 0; :func:`freeze` makes them sit the step out.
+
+    Example:
+        >>> set_to_zero().update({"w": torch.tensor([2.0, float("nan")])}, ())[0]
+        {'w': tensor([0., 0.])}
+    """
+    return stateless_with_tree_map(lambda g, p: torch.zeros_like(g), sparse="values")
+
+
+def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    r"""Multiply each update by the norm of its parameter: :math:`u \max(\epsilon, \|p\|_2)`.
+
+    Args:
+        min_scale: :math:`\epsilon \ge 0`, in the units of the parameters.
+
+    Raises:
+        TypeError: from ``update``: ``params`` is missing.
+        ValueError: a negative ``min_scale``.
+
+    Example:
+        >>> scale_by_param_block_norm().update(torch.ones(2), (), torch.tensor([3.0, 4.0]))[0]
+        tensor([5., 5.])
+    """
+    floor = number("min_scale", min_scale, at_least=0)
+    return stateless_with_tree_map(lambda g, p: g * norm(p).clamp_min(floor), elementwise=False, needs_params=True)
 
 
 def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:

@@ -1,0 +1,131 @@
+"""Stochastic gradient descent with differential privacy."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from optfn import random, tree
+from optfn.checks import alias, check_state, is_zero, number
+from optfn.compose import chain, negate_if
+from optfn.core import GradientTransformation, identity, transformation
+from optfn.leafwise import aligned
+from optfn.numerics import Scalar, compute_dtype
+from optfn.schedules import ScalarOrSchedule
+from optfn.transforms.clipping import per_example_global_norm_clip
+from optfn.transforms.momentum import trace
+from optfn.transforms.scaling import scale_by_learning_rate
+
+__all__ = ["DifferentiallyPrivateAggregateState", "differentially_private_aggregate", "dpsgd"]
+
+
+class DifferentiallyPrivateAggregateState(NamedTuple):
+    """The state of :func:`differentially_private_aggregate`: ``rng_key``, the key of the next update's noise."""
+
+    rng_key: Tensor
+
+
+def differentially_private_aggregate(
+    l2_norm_clip: Scalar, noise_multiplier: Scalar, key: int | Tensor | None = None
+) -> GradientTransformation:
+    r"""Make one gradient of those of the examples: each clipped, their mean, and noise.
+
+    .. math:: u = \frac{1}{B} \Big( \sum_b g_b \min(1, c / \|g_b\|) + c\, s\, z \Big), \qquad z \sim \mathcal{N}(0, 1)
+
+    It is the first link of a chain. What it is given has one dimension more than the parameters, the first one, of the :math:`B`
+    examples: ``torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, batch)``. For micro-batches give all
+    their examples at once: :func:`accumulate` would have the noise added to each.
+
+    The numbers are a function of the key, the step and the place of a leaf in the tree, as in :func:`add_noise`. What privacy a run
+    has is for an accountant to say, from ``noise_multiplier``, the sampling and the number of steps. The generator is
+    fast and repeatable, not made to withstand an attacker who may guess the seed: draw it from ``secrets``.
+
+    Args:
+        l2_norm_clip: :math:`c \ge 0`, in the units of the gradients.
+        noise_multiplier: :math:`s \ge 0`, the standard deviation of the noise in units of :math:`c`.
+        key: an integer seed or a key of :mod:`optfn.random`, which has to be given.
+
+    Raises:
+        TypeError: ``key`` is missing, or is neither.
+        ValueError: an argument out of range; from ``update``: a tensor without a dimension of the examples.
+
+    Reference:
+        Abadi et al., `Deep Learning with Differential Privacy <https://arxiv.org/abs/1607.00133>`_, 2016, algorithm 1.
+
+    Example:
+        >>> tx = differentially_private_aggregate(1.0, 0.1, key=7)
+        >>> of_examples = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}
+        >>> updates, state = tx.update(of_examples, tx.init({"w": torch.zeros(2)}))
+        >>> updates
+        {'w': tensor([0.3227, 0.6970])}
+    """
+    bound = number("l2_norm_clip", l2_norm_clip, at_least=0)
+    deviation = bound * number("noise_multiplier", noise_multiplier, at_least=0)
+    start = random.as_key("differentially_private_aggregate", key)
+
+    def init(params: Any) -> DifferentiallyPrivateAggregateState:
+        return DifferentiallyPrivateAggregateState(start.to(tree.new_count(params).device, copy=True))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DifferentiallyPrivateAggregateState]:
+        check_state("differentially_private_aggregate", state, DifferentiallyPrivateAggregateState)
+        leaves = aligned(updates, params)
+        totals, _ = per_example_global_norm_clip(tree.unflatten(leaves.spec, leaves.grads), bound)
+        keys = random.split(state.rng_key, leaves.spec.num_leaves + 1).unbind()
+
+        def noisy(total: Tensor, k: Tensor, g: Tensor) -> Tensor:
+            wide = compute_dtype(g)
+            z = random.normal(k.to(g.device), total.shape, wide)
+            return ((total.to(wide) + deviation * z) / g.shape[0]).to(g.dtype)
+
+        noise = tree.unflatten(leaves.spec, list(keys[1:]))
+        return tree.map(noisy, totals, noise, updates), DifferentiallyPrivateAggregateState(keys[0])
+
+    return transformation(init, update)
+
+
+@alias
+def dpsgd(
+    lr: ScalarOrSchedule,
+    l2_norm_clip: Scalar,
+    noise_multiplier: Scalar,
+    key: int | Tensor | None = None,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    r"""Stochastic gradient descent with differential privacy, from the gradients of examples.
+
+    .. math:: p_t = p_{t-1} - \gamma\, \mathrm{trace}_\mu(\mathrm{aggregate}(g_{t, 1}, \dots, g_{t, B}))
+
+    Args:
+        lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
+        l2_norm_clip: the largest norm of an example's gradient, at least 0, see :func:`differentially_private_aggregate`.
+        noise_multiplier: the standard deviation of the noise, at least 0, in units of ``l2_norm_clip``.
+        key: an integer seed or a key of :mod:`optfn.random`, which has to be given.
+        momentum: :math:`\mu \ge 0`; None and the number 0 leave :func:`trace` out.
+        nesterov: Nesterov momentum.
+        maximize: ascend instead.
+
+    Raises:
+        TypeError: ``key`` is missing.
+        ValueError: an argument out of range.
+
+    Reference:
+        See :func:`differentially_private_aggregate`.
+
+    Example:
+        >>> def loss(params, x, y):
+        ...     return (x @ params["w"] - y).square()
+        >>> params, x, y = {"w": torch.zeros(2)}, torch.eye(2), torch.ones(2)
+        >>> tx = dpsgd(lr=0.5, l2_norm_clip=1.0, noise_multiplier=0.1, key=7)
+        >>> of_examples = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, y)
+        >>> updates, state = tx.update(of_examples, tx.init(params), params)
+        >>> optfn.apply_updates(params, updates)
+        {'w': tensor([0.2386, 0.2265])}
+    """
+    return chain(
+        differentially_private_aggregate(l2_norm_clip, noise_multiplier, key),
+        negate_if(maximize),
+        identity() if momentum is None or is_zero(momentum) else trace(momentum, nesterov),
+        scale_by_learning_rate(lr),
+    )
