@@ -3,7 +3,7 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, random, tree
+from optfn import interop, projections, random, tree
 from optfn.compile import compile
 from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
@@ -44,6 +44,7 @@ from optfn.schedules import (
     sgdr_schedule,
     warmup_constant_schedule,
     warmup_cosine_decay_schedule,
+    warmup_exponential_decay_schedule,
     warmup_stable_decay_schedule,
 )
 from optfn.transforms.clipping import ClipByGlobalNormState, clip, clip_by_block_rms, clip_by_global_norm
@@ -145,6 +146,7 @@ __all__ = [
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
+    "projections",
     "radam",
     "random",
     "reduce_on_plateau",
@@ -177,5 +179,6 @@ __all__ = [
     "tree",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
     "warmup_stable_decay_schedule",
 ]

@@ -37,6 +37,7 @@ from optfn.tree.arithmetic import (
     where,
     zeros_like,
 )
+from optfn.tree.structure import NAMESPACE as NAMESPACE
 from optfn.tree.structure import (
     cast,
     children,
@@ -57,9 +58,6 @@ from optfn.tree.structure import (
     unflatten,
     value_and_grad,
 )
-
-# What the house itself uses.
-from optfn.tree.structure import NAMESPACE as NAMESPACE
 from optfn.tree.structure import check_leaves as check_leaves
 from optfn.tree.structure import checked as checked
 from optfn.tree.structure import differences as differences

@@ -359,7 +359,7 @@ def norm(
         >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)}), norm(torch.tensor([3.0, 4.0]), squared=True)
         (tensor(5.), tensor(25.))
     """
-    order = {None: 2, "inf": math.inf, "infinity": math.inf}.get(ord, ord)
+    order: Any = 2 if ord is None else math.inf if ord in ("inf", "infinity") else ord
     if order not in (1, 2, math.inf):
         raise ValueError(f"ord must be None, 1, 2 or inf, got {ord!r}; optfn.tree.global_norm(tree, order) takes any other number")
     if order == 2 and squared:
