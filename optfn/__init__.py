@@ -5,7 +5,18 @@ An optimizer is an immutable pair of functions over trees of tensors, ``init`` a
 
 from optfn import interop, projections, random, tree
 from optfn.compile import compile
-from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
+from optfn.compose import (
+    MaskedState,
+    PartitionState,
+    chain,
+    freeze,
+    masked,
+    maximize,
+    multi_transform,
+    named_chain,
+    partition,
+    selective_transform,
+)
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import CoupledState, LeafwiseState, coupled, leafwise, stateless_with_tree_map
 from optfn.minimize import MinimizeResult, minimize
@@ -59,10 +70,26 @@ from optfn.transforms.scaling import (
     scale_by_param_block_rms,
     scale_by_schedule,
 )
-from optfn.wrappers.accumulate import AccumulateState, accumulate
-from optfn.wrappers.averages import EmaParamsState, ema_params
+from optfn.wrappers.accumulate import AccumulateState, accumulate, skip_large_updates, skip_not_finite
+from optfn.wrappers.averages import EmaParamsState, ema_params, incremental_update, periodic_update
+from optfn.wrappers.conditional import (
+    ConditionallyMaskState,
+    ConditionallyTransformState,
+    conditionally_mask,
+    conditionally_transform,
+)
 from optfn.wrappers.finite import ApplyIfFiniteState, apply_if_finite
-from optfn.wrappers.hyperparams import InjectHyperparamsState, inject_hyperparams
+from optfn.wrappers.hyperparams import (
+    InjectHyperparamsState,
+    StatefulSchedule,
+    WrappedSchedule,
+    WrappedScheduleState,
+    inject_hyperparams,
+    inject_stateful_hyperparams,
+)
+from optfn.wrappers.layout import flatten
+from optfn.wrappers.lookahead import LookaheadParams, LookaheadState, lookahead
+from optfn.wrappers.monitoring import MeasureWithEmaState, MonitorState, SnapshotState, measure_with_ema, monitor, snapshot
 from optfn.wrappers.sparse import sparse_masked
 
 __version__ = "0.1.0"
@@ -76,6 +103,8 @@ __all__ = [
     "ApplyIfFiniteState",
     "AsgdSlots",
     "ClipByGlobalNormState",
+    "ConditionallyMaskState",
+    "ConditionallyTransformState",
     "CoupledState",
     "EmaParamsState",
     "FactoredSlots",
@@ -83,8 +112,12 @@ __all__ = [
     "InjectHyperparamsState",
     "LbfgsState",
     "LeafwiseState",
+    "LookaheadParams",
+    "LookaheadState",
     "MaskedState",
+    "MeasureWithEmaState",
     "MinimizeResult",
+    "MonitorState",
     "MuonSlots",
     "NAdamSlots",
     "PartitionState",
@@ -96,7 +129,11 @@ __all__ = [
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
+    "SnapshotState",
+    "StatefulSchedule",
     "TraceSlots",
+    "WrappedSchedule",
+    "WrappedScheduleState",
     "__version__",
     "accumulate",
     "adadelta",
@@ -115,6 +152,8 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_global_norm",
     "compile",
+    "conditionally_mask",
+    "conditionally_transform",
     "constant_schedule",
     "cosine_annealing_lr",
     "cosine_annealing_warm_restarts",
@@ -124,9 +163,12 @@ __all__ = [
     "cyclic_lr",
     "ema_params",
     "exponential_decay",
+    "flatten",
     "freeze",
     "identity",
+    "incremental_update",
     "inject_hyperparams",
+    "inject_stateful_hyperparams",
     "interop",
     "is_elementwise",
     "join_schedules",
@@ -134,15 +176,20 @@ __all__ = [
     "leafwise",
     "linear_onecycle_schedule",
     "linear_schedule",
+    "lookahead",
     "masked",
     "maximize",
+    "measure_with_ema",
     "minimize",
+    "monitor",
+    "multi_transform",
     "multiplicative_lr",
     "muon",
     "nadam",
     "named_chain",
     "one_cycle_lr",
     "partition",
+    "periodic_update",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
@@ -169,8 +216,12 @@ __all__ = [
     "scale_by_rprop",
     "scale_by_schedule",
     "scale_by_shape",
+    "selective_transform",
     "sgd",
     "sgdr_schedule",
+    "skip_large_updates",
+    "skip_not_finite",
+    "snapshot",
     "sparse_adam",
     "sparse_masked",
     "stateless",

@@ -1,5 +1,6 @@
 """The rows of the conformance grid: every public transformation, with its main options, and what it declares not to do."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -91,6 +92,8 @@ def sign_of_average(b1: Any) -> GradientTransformation:
 NO_NONE = Declared("torch.func has no None as an output", ValueError, "got type <class 'NoneType'>")
 NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
 AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
+RESET = Declared("the fast state begins anew as a whole", AssertionError, "has changed")
+ONE_STEP_COUNT = {"none": Declared("one vector has one step count", AssertionError, "")}
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
 AS_IT_IS = Declared("a function of whole trees is handed half-precision leaves as they are", AssertionError, "are not equal")
 ABSOLUTE = Declared("a norm of an order other than 2 is of the absolute values, as torch's", AssertionError, "are not close")
@@ -287,4 +290,43 @@ ROWS = [
         but={"none": AVERAGED},
     ),
     Row("ema_params.swa", lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(None)), but={"none": AVERAGED}),
+    wrapper("lookahead", lambda tx: optfn.lookahead(tx, 2, 0.5)),
+    Row(
+        "lookahead.reset", lambda h: optfn.lookahead(optfn.sgd(0.1, momentum=0.9), 2, h, reset_state=True), 0.3, but={"none": RESET}
+    ),
+    wrapper("conditionally_transform", lambda tx: optfn.conditionally_transform(tx, lambda step: step != 1)),
+    wrapper("conditionally_mask", lambda tx: optfn.conditionally_mask(tx, lambda step: step != 1)),
+    Row(
+        "selective_transform",
+        lambda h: optfn.selective_transform(optfn.adamw(h), freeze_mask=pairs),
+        but={
+            "vmap": NO_NONE,
+            "bare_params": Declared("the only leaf is frozen", AssertionError, ""),
+        },
+    ),
+    wrapper(
+        "multi_transform",
+        lambda tx: optfn.multi_transform({"pair": tx, "other": optfn.sgd(0.1, momentum=0.9)}, kind),
+        but={"bare_params": Declared("one leaf cannot have both labels", ValueError, "no leaf has the label 'other'")},
+    ),
+    wrapper("flatten", optfn.flatten, but=ONE_STEP_COUNT),
+    Row(
+        "inject_stateful_hyperparams",
+        lambda h: optfn.inject_stateful_hyperparams(optfn.adam)(lr=optfn.WrappedSchedule(optfn.linear_schedule(h, 0.01, 10))),
+    ),
+    Row("snapshot", lambda h: optfn.chain(optfn.sgd(h), optfn.snapshot("norm", optfn.tree.norm))),
+    Row(
+        "monitor",
+        lambda h: optfn.chain(optfn.sgd(h), optfn.monitor({"norm": optfn.tree.norm, "sum": optfn.tree.sum})),
+    ),
+    Row(
+        "measure_with_ema",
+        lambda h: optfn.chain(optfn.sgd(0.1), optfn.monitor({"norm": optfn.measure_with_ema(optfn.tree.norm, h)})),
+        0.9,
+    ),
+    wrapper(
+        "accumulate.should_skip",
+        lambda tx: optfn.accumulate(tx, 2, should_skip_update_fn=functools.partial(optfn.skip_large_updates, max_squared_norm=9.0)),
+        wide={"accumulated": torch.float32},
+    ),
 ]
