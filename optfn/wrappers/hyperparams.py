@@ -174,7 +174,7 @@ def _injected(
     hyperparam_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """``make(values)`` at every step, with the values of numbers and of schedules by name."""
-    stateful = {name: schedule for name, schedule in schedules.items() if hasattr(schedule, "init")}
+    stateful: dict[str, Any] = {name: schedule for name, schedule in schedules.items() if hasattr(schedule, "init")}
 
     def scheduled_at(count: Tensor, states: tuple[Any, ...], extra: dict[str, Any]) -> dict[str, Any]:
         given = dict(zip(stateful, states, strict=True))

@@ -61,8 +61,8 @@ def lookahead(
 
     The slow parameters :math:`\phi` are in the state: evaluate with ``optfn.tree.get(state, "slow")``. Where the parameters given
     to ``init`` and ``update`` are :class:`LookaheadParams`, these hold them, as in Optax: gradients are taken at ``params.fast``,
-    and the updates are for both. Nothing after it may change the updates. A leaf whose update is None when the others are moved
-    stays.
+    and the updates are for both. Nothing after it may change the updates. In the step after a move the slow parameters in the state
+    are taken from the fast ones, which they are equal to. A leaf whose update is None when the others are moved stays.
 
     Args:
         fast_optimizer: what makes :math:`u`.
@@ -108,7 +108,11 @@ def lookahead(
             how, what = ("without", "the fast parameters alone") if paired else ("of", "them")
             raise TypeError(f"lookahead: the state was made {how} LookaheadParams: give update {what} too")
         new, fast_state = fast_optimizer.update(updates, state.fast_state, fast, **extra)
-        sync = state.steps_since_sync == period - 1
+        sync, synced = state.steps_since_sync == period - 1, state.steps_since_sync == 0
+
+        def begun(s: Tensor, f: Any, u: Any) -> Tensor:
+            # So a derivative with respect to the first parameters reaches the slow ones, which init has no graph of.
+            return s if u is None else torch.where(synced.to(s.device), f.to(s.dtype), s)
 
         def ahead(u: Tensor, f: Tensor, s: Tensor) -> Tensor:
             """How far the fast parameter will be from the slow one."""
@@ -122,6 +126,7 @@ def lookahead(
         def of_slow(s: Tensor, u: Any, f: Tensor) -> Any:
             return None if u is None else torch.where(sync.to(s.device), alpha * ahead(u, f, s), 0).to(s.dtype)
 
+        slow = slow if paired else tree.map(begun, slow, fast, new)
         moved, steps = tree.map(of_slow, slow, new, fast), (state.steps_since_sync + 1) % period
         if reset_state:
             fast_state = select(sync, fast_optimizer.init(fast), fast_state)

@@ -31,7 +31,7 @@ def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
     """Keep a measurement of the updates in the state; the updates pass unchanged.
 
     It is of the updates as they are at this place of a chain: ``optfn.tree.get(state, measure_name)``. Before the first update it
-    is the measurement of the parameters, as in Optax.
+    is the measurement of the parameters, as in Optax; its structure and dtypes stay. Where it is None later the last one stays.
 
     Args:
         measure_name: what to call it.
@@ -46,11 +46,11 @@ def snapshot(measure_name: str, measure: Measure) -> GradientTransformation:
     """
 
     def init(params: Any) -> SnapshotState:
-        return SnapshotState({measure_name: tree.map(Tensor.detach, _kept(measure(params)))})
+        return SnapshotState({measure_name: tree.map(lambda x: torch.as_tensor(x).detach().clone(), measure(params))})
 
     def update(updates: Any, state: SnapshotState, params: Any = None, **extra: Any) -> tuple[Any, SnapshotState]:
         check_state("snapshot", state, SnapshotState)
-        return updates, SnapshotState({measure_name: _kept(measure(updates))})
+        return updates, SnapshotState({measure_name: _kept(measure(updates), state.measurement[measure_name])})
 
     return transformation(init, update)
 
@@ -96,7 +96,8 @@ def monitor(measures: Mapping[str, Measure | GradientTransformation]) -> Gradien
     def update(updates: Any, state: MonitorState, params: Any = None, **extra: Any) -> tuple[Any, MonitorState]:
         check_state("monitor", state, MonitorState)
         pairs = [part.update(updates, s, params, **extra) for part, s in zip(parts, state.measure_states, strict=True)]
-        return updates, MonitorState(dict(zip(measures, (_kept(x) for x, _ in pairs), strict=True)), tuple(s for _, s in pairs))
+        found = {name: _kept(x, state.measurements[name]) for name, (x, _) in zip(measures, pairs, strict=True)}
+        return updates, MonitorState(found, tuple(s for _, s in pairs))
 
     return transformation(init, update)
 
@@ -159,9 +160,9 @@ def measure_with_ema(
     return transformation(init, update)
 
 
-def _kept(measurement: Any) -> Any:
-    """Tensors of the state's own, which may be donated."""
-    return tree.map(lambda x: torch.as_tensor(x).clone(), measurement)
+def _kept(measurement: Any, last: Any) -> Any:
+    """Tensors of the state's own, which may be donated, of one structure and in the same dtypes at every step."""
+    return tree.map(lambda old, x: old if x is None else torch.as_tensor(x).to(old.dtype, copy=True), last, measurement)
 
 
 def _stateless(measure: Measure) -> GradientTransformation:
