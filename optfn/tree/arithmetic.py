@@ -499,7 +499,7 @@ def update_infinity_moment(updates: Any, moments: Any, decay: Scalar, eps: Scala
 
 
 def bias_correction(moment: Any, decay: Scalar, count: int | Tensor) -> Any:
-    r"""Moments that began at zero, corrected: :math:`m / (1 - \beta^t)`, computed as in :func:`optfn.numerics.bias_correction`.
+    r"""Moments that began at zero, corrected: :math:`m / (1 - \beta^t)`, without loss of digits where :math:`\beta^t` is near 1.
 
     Args:
         moment: :math:`m`, an exponential moving average.
