@@ -10,7 +10,7 @@ from optfn import tree
 from optfn.checks import check_state
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned
-from optfn.numerics import Scalar
+from optfn.numerics import Scalar, real_dtype
 from optfn.schedules import Schedule, as_time
 from optfn.wrappers.finite import all_finite, select
 
@@ -85,9 +85,9 @@ def accumulate(
         raise ValueError(f"every_k must be >= 1, got {every_k}")
 
     def zeros(p: Tensor) -> Tensor:
-        real = p.dtype.to_real() if p.is_complex() else p.dtype
-        dtype = accumulator_dtype or torch.promote_types(real, torch.float32)
-        return torch.zeros_like(p, dtype=dtype.to_complex() if p.is_complex() else dtype)
+        dtype = accumulator_dtype or torch.promote_types(real_dtype(p.dtype), torch.float32)
+        # Dynamo (torch 2.13) has no dtype.to_complex.
+        return torch.zeros_like(p, dtype=torch.promote_types(dtype, torch.complex32) if p.is_complex() else dtype)
 
     def judged(updates: Any, gradient_step: Tensor, params: Any) -> tuple[Tensor, Any]:
         """Whether a micro-batch is taken, and what is kept of the judgement."""
