@@ -91,7 +91,8 @@ def accumulate(
 
     def judged(updates: Any, gradient_step: Tensor, params: Any) -> tuple[Tensor, Any]:
         """Whether a micro-batch is taken, and what is kept of the judgement."""
-        taken = all_finite(updates, gradient_step.device) if skip_nonfinite else gradient_step == gradient_step
+        everything = torch.ones_like(gradient_step, dtype=torch.bool)
+        taken = all_finite(updates, gradient_step.device) if skip_nonfinite else everything
         if should_skip_update_fn is None:
             return taken, ()
         skip, said = should_skip_update_fn(updates, gradient_step, params)
