@@ -3,9 +3,20 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, perturbations, random, tree
+from optfn import interop, perturbations, projections, random, tree
 from optfn.compile import compile
-from optfn.compose import MaskedState, PartitionState, chain, freeze, masked, maximize, named_chain, partition
+from optfn.compose import (
+    MaskedState,
+    PartitionState,
+    chain,
+    freeze,
+    masked,
+    maximize,
+    multi_transform,
+    named_chain,
+    partition,
+    selective_transform,
+)
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import CoupledState, LeafwiseState, coupled, leafwise, stateless_with_tree_map
 from optfn.minimize import MinimizeResult, minimize
@@ -112,6 +123,7 @@ from optfn.schedules import (
     sgdr_schedule,
     warmup_constant_schedule,
     warmup_cosine_decay_schedule,
+    warmup_exponential_decay_schedule,
     warmup_stable_decay_schedule,
 )
 from optfn.transforms.clipping import (
@@ -142,11 +154,27 @@ from optfn.transforms.scaling import (
     scale_by_schedule,
     set_to_zero,
 )
-from optfn.wrappers.accumulate import AccumulateState, accumulate
-from optfn.wrappers.averages import EmaParamsState, ema_params
+from optfn.wrappers.accumulate import AccumulateState, accumulate, skip_large_updates, skip_not_finite
+from optfn.wrappers.averages import EmaParamsState, ema_params, incremental_update, periodic_update
+from optfn.wrappers.conditional import (
+    ConditionallyMaskState,
+    ConditionallyTransformState,
+    conditionally_mask,
+    conditionally_transform,
+)
 from optfn.wrappers.finite import ApplyIfFiniteState, apply_if_finite
-from optfn.wrappers.hyperparams import InjectHyperparamsState, inject_hyperparams
+from optfn.wrappers.hyperparams import (
+    InjectHyperparamsState,
+    StatefulSchedule,
+    WrappedSchedule,
+    WrappedScheduleState,
+    inject_hyperparams,
+    inject_stateful_hyperparams,
+)
+from optfn.wrappers.layout import flatten
+from optfn.wrappers.lookahead import LookaheadParams, LookaheadState, lookahead
 from optfn.wrappers.mechanic import MechanicShared, MechanicSlots, MechanizeState, mechanize
+from optfn.wrappers.monitoring import MeasureWithEmaState, MonitorState, SnapshotState, measure_with_ema, monitor, snapshot
 from optfn.wrappers.sparse import sparse_masked
 
 __version__ = "0.1.0"
@@ -168,6 +196,8 @@ __all__ = [
     "BeliefSlots",
     "ClipByGlobalNormState",
     "CocobSlots",
+    "ConditionallyMaskState",
+    "ConditionallyTransformState",
     "CoupledState",
     "DAdaptSlots",
     "DifferentiallyPrivateAggregateState",
@@ -184,8 +214,11 @@ __all__ = [
     "LbfgsState",
     "LeafwiseState",
     "LionSlots",
+    "LookaheadParams",
+    "LookaheadState",
     "MadgradSlots",
     "MaskedState",
+    "MeasureWithEmaState",
     "MechanicShared",
     "MechanicSlots",
     "MechanizeState",
@@ -193,6 +226,7 @@ __all__ = [
     "MomoAdamSlots",
     "MomoShared",
     "MomoSlots",
+    "MonitorState",
     "MuonSlots",
     "NAdamSlots",
     "NovogradSlots",
@@ -212,7 +246,11 @@ __all__ = [
     "ScheduleFreeState",
     "SimplifiedAdemamixSlots",
     "Sm3Slots",
+    "SnapshotState",
+    "StatefulSchedule",
     "TraceSlots",
+    "WrappedSchedule",
+    "WrappedScheduleState",
     "YogiSlots",
     "ZeroNansSlots",
     "__version__",
@@ -245,6 +283,8 @@ __all__ = [
     "clip_by_global_norm",
     "cocob",
     "compile",
+    "conditionally_mask",
+    "conditionally_transform",
     "constant_schedule",
     "cosine_annealing_lr",
     "cosine_annealing_warm_restarts",
@@ -260,10 +300,13 @@ __all__ = [
     "ema",
     "ema_params",
     "exponential_decay",
+    "flatten",
     "freeze",
     "fromage",
     "identity",
+    "incremental_update",
     "inject_hyperparams",
+    "inject_stateful_hyperparams",
     "interop",
     "is_elementwise",
     "join_schedules",
@@ -275,13 +318,17 @@ __all__ = [
     "linear_onecycle_schedule",
     "linear_schedule",
     "lion",
+    "lookahead",
     "madgrad",
     "masked",
     "maximize",
+    "measure_with_ema",
     "mechanize",
     "minimize",
     "momo",
     "momo_adam",
+    "monitor",
+    "multi_transform",
     "multiplicative_lr",
     "muon",
     "nadam",
@@ -297,12 +344,14 @@ __all__ = [
     "partition",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
+    "periodic_update",
     "perturbations",
     "piecewise_constant_schedule",
     "piecewise_interpolate_schedule",
     "polyak_sgd",
     "polynomial_schedule",
     "prodigy",
+    "projections",
     "radam",
     "random",
     "reduce_on_plateau",
@@ -357,13 +406,17 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_eval_params",
     "schedule_free_sgd",
+    "selective_transform",
     "set_to_zero",
     "sgd",
     "sgdr_schedule",
     "sign_sgd",
     "signum",
     "simplified_ademamix",
+    "skip_large_updates",
+    "skip_not_finite",
     "sm3",
+    "snapshot",
     "sparse_adam",
     "sparse_masked",
     "stateless",
@@ -374,6 +427,7 @@ __all__ = [
     "unitwise_norm",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
     "warmup_stable_decay_schedule",
     "yogi",
     "zero_nans",

@@ -11,7 +11,19 @@ from optfn.checks import check_state, not_its_state
 from optfn.core import GradientTransformation, check_transformation, identity, is_elementwise, transformation
 from optfn.leafwise import Leaves, Sweep, aligned, begin_of, lifted, stateless_with_tree_map
 
-__all__ = ["MaskedState", "PartitionState", "chain", "freeze", "masked", "maximize", "named_chain", "negate_if", "partition"]
+__all__ = [
+    "MaskedState",
+    "PartitionState",
+    "chain",
+    "freeze",
+    "masked",
+    "maximize",
+    "multi_transform",
+    "named_chain",
+    "negate_if",
+    "partition",
+    "selective_transform",
+]
 
 Mask = Any
 """A tree of bools (or labels) with the structure of the params, a prefix of it, or a function ``(path, leaf) -> bool or label``."""
@@ -232,6 +244,10 @@ def partition(transformations: Mapping[Hashable, GradientTransformation], labels
     return transformation(init, update, elementwise=all(map(is_elementwise, transformations.values())))
 
 
+multi_transform = partition
+"""Optax's older name of :func:`partition`."""
+
+
 def freeze(mask: Mask = True) -> GradientTransformation:
     """Make leaves sit the step out: their update becomes None, so nothing after it changes them or their state.
 
@@ -254,6 +270,29 @@ def freeze(mask: Mask = True) -> GradientTransformation:
         return _only(False, _resolve(mask, updates if params is None else params, "mask", bool), updates), state
 
     return transformation(init, update, elementwise=True)
+
+
+def selective_transform(optimizer: GradientTransformation, *, freeze_mask: Mask) -> GradientTransformation:
+    """Give the leaves that are not frozen to a transformation; the others sit every step out, and nothing is kept for them.
+
+    Args:
+        optimizer: the transformation.
+        freeze_mask: *True for the leaves to freeze*, as in :func:`freeze`, the opposite of :func:`masked`.
+
+    Raises:
+        ValueError: from ``init``: the mask's structure is no prefix of the params'.
+        TypeError: from ``init``: an entry of the mask is no bool.
+
+    Example:
+        >>> tx = selective_transform(optfn.sgd(lr=0.1), freeze_mask={"w": True, "b": False})
+        >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'w': None, 'b': tensor([-0.1000])}
+    """
+    check_transformation(optimizer, "selective_transform", "selective_transform(tx, freeze_mask=mask)")
+    function: Any = freeze_mask
+    free = (lambda path, p: not function(path, p)) if callable(freeze_mask) else tree.map(lambda frozen: not frozen, freeze_mask)
+    return chain(freeze(freeze_mask), masked(optimizer, free))
 
 
 def maximize(inner: GradientTransformation) -> GradientTransformation:

@@ -24,10 +24,12 @@ __all__ = [
     "lerp",
     "norm",
     "ratio",
+    "ravel",
     "real_dtype",
     "rms",
     "sign",
     "sqrt",
+    "unravel",
     "widened_scalar",
 ]
 
@@ -263,3 +265,36 @@ def as_complex(x: Tensor) -> Tensor:
         tensor([1.+2.j])
     """
     return torch.view_as_complex(x)
+
+
+def ravel(tensors: list[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
+    """All entries of the tensors that there are as one vector, complex ones as real and imaginary part.
+
+    Args:
+        tensors: on one device; None is passed over.
+        dtype: the vector's; the widest real one of theirs, float32 at least, if None.
+
+    Example:
+        >>> ravel([torch.tensor(1.0), None, torch.tensor([2 + 3j])])
+        tensor([1., 2., 3.])
+    """
+    found = [x for x in tensors if x is not None]
+    dtype = dtype or real_dtype(compute_dtype(*found))
+    return torch.cat([as_real(x).reshape(-1).to(dtype) for x in found]) if found else torch.zeros(0, dtype=dtype)
+
+
+def unravel(vector: Tensor, likes: list[Tensor | None]) -> list[Tensor | None]:
+    """The inverse of :func:`ravel`: tensors like these, that share no memory with the vector.
+
+    Example:
+        >>> unravel(torch.tensor([1.0, 2.0, 3.0]), [torch.tensor(1.0), None, torch.tensor([2 + 3j])])
+        [tensor(1.), None, tensor([2.+3.j])]
+    """
+    views = [None if x is None else as_real(x) for x in likes]
+    parts = iter(vector.split([x.numel() for x in views if x is not None]))
+
+    def part(like: Tensor, view: Tensor) -> Tensor:
+        x = next(parts).to(view.dtype, copy=True).reshape(view.shape)
+        return as_complex(x) if like.is_complex() else x
+
+    return [None if x is None or view is None else part(x, view) for x, view in zip(likes, views, strict=True)]

@@ -38,6 +38,7 @@ __all__ = [
     "sgdr_schedule",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
     "warmup_stable_decay_schedule",
 ]
 
@@ -322,6 +323,39 @@ def warmup_cosine_decay_schedule(
         raise ValueError(f"decay_steps counts the warm-up: it must be > {warmup_steps}, got {decay_steps}")
     half_cosine = cosine_decay_schedule(1.0, decay_steps - warmup_steps, exponent=exponent)
     decay: Schedule = lambda step: (peak_value - end_value) * half_cosine(step) + end_value  # noqa: E731
+    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), decay], [warmup_steps])
+
+
+def warmup_exponential_decay_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: int,
+    transition_steps: int,
+    decay_rate: Scalar,
+    transition_begin: int = 0,
+    staircase: bool = False,
+    end_value: Scalar | None = None,
+) -> Schedule:
+    """A straight line up to ``peak_value``, then :func:`exponential_decay`, whose steps count from the end of the warm-up.
+
+    Args:
+        init_value: the value at step 0.
+        peak_value: the value at ``warmup_steps``.
+        warmup_steps: the length of the warm-up, in steps; 0 for none.
+        transition_steps: the steps in which the value falls by the factor ``decay_rate``, more than 0.
+        decay_rate: more than 0.
+        transition_begin: how long the peak is held, in steps.
+        staircase: as in :func:`exponential_decay`.
+        end_value: as in :func:`exponential_decay`.
+
+    Raises:
+        ValueError: as :func:`exponential_decay`.
+
+    Example:
+        >>> warmup_exponential_decay_schedule(0.0, 1.0, 2, 1, 0.5)(torch.arange(5))
+        tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.2500], dtype=torch.float64)
+    """
+    decay = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
     return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), decay], [warmup_steps])
 
 

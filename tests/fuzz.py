@@ -720,17 +720,39 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "ema": _call("ema", needed(_of("decay", 0, 0.99)), _choice("debias", False), _dtype("accumulator_dtype")),
     "apply_every": _call("apply_every", lambda d: f"k={d.one(1, 2, 3)}"),
     "ema_params": _call("ema_params", _of("decay", 0.1, 0.99), _dtype("average_dtype")),
+    "selective_transform": lambda d, depth: (f"optfn.selective_transform(optfn.adam({_rate(d)}), freeze_mask={d.mask()})", ()),
+    "snapshot": lambda d, depth: ("optfn.snapshot('norm', optfn.tree.norm)", ()),
+    "monitor": lambda d, depth: (
+        "optfn.monitor({{'norm': optfn.tree.norm, 'size': lambda updates: optfn.tree.norm(updates, 1)}})",
+        (),
+    ),
+    "measure_with_ema": lambda d, depth: (
+        f"optfn.monitor({{{{'norm': optfn.measure_with_ema(optfn.tree.norm, {d.number(0, 0.9)}, debias={d.flag()})}}}})",
+        (),
+    ),
     # What wraps
     "chain": lambda d, depth: ("optfn.chain({0}, {1})", (*d.inner(depth), *d.inner(depth))),
     "named_chain": lambda d, depth: ("optfn.named_chain(('a', {0}), ('b', {1}))", (*d.inner(depth), *d.inner(depth))),
     "masked": lambda d, depth: (f"optfn.masked({{0}}, {d.mask()})", d.inner(depth)),
     "partition": _partition,
+    "multi_transform": _partition,
     "maximize": lambda d, depth: ("optfn.maximize({0})", d.inner(depth)),
     "sparse_masked": lambda d, depth: ("optfn.sparse_masked({0}, dense='zeros_absent')", d.inner(depth)),
     "inject_hyperparams": _inject,
     "sam": lambda d, depth: (f"optfn.sam({{0}}, {{1}}, {d.one(1, 2, 3)}, {d.flag()})", (*d.inner(depth), *d.inner(depth))),
     "schedule_free": lambda d, depth: (f"optfn.schedule_free({{0}}, {d.rate()}, {d.number(0.1, 0.99)})", d.inner(depth)),
     "apply_if_finite": lambda d, depth: (f"optfn.apply_if_finite({{0}}, {d.one(None, 2)})", d.inner(depth)),
+    "inject_stateful_hyperparams": lambda d, depth: (
+        f"optfn.inject_stateful_hyperparams(optfn.sgd)(lr=optfn.WrappedSchedule({d.schedule()}))",
+        (),
+    ),
+    "conditionally_transform": lambda d, depth: ("optfn.conditionally_transform({0}, lambda step: step % 2 == 0)", d.inner(depth)),
+    "conditionally_mask": lambda d, depth: ("optfn.conditionally_mask({0}, lambda step: step % 2 == 0)", d.inner(depth)),
+    "lookahead": lambda d, depth: (
+        f"optfn.lookahead({{0}}, {d.one(1, 2, 3)}, {d.number(0, 1)}, reset_state={d.flag()})",
+        d.inner(depth),
+    ),
+    "flatten": lambda d, depth: ("optfn.flatten({0})", d.inner(depth)),
     "accumulate": lambda d, depth: (f"optfn.accumulate({{0}}, {d.one(1, 2, 3)}, use_grad_mean={d.flag()})", d.inner(depth)),
 }
 WRAPPERS = set(list(LINKS)[list(LINKS).index("chain") :])
@@ -761,6 +783,7 @@ SCHEDULES: dict[str, Callable[[Draw], str]] = {
     "multiplicative_lr": lambda d: f"optfn.multiplicative_lr({d.number(0.01, 1)}, lambda t: 0.9, 5)",
     "warmup_constant_schedule": lambda d: f"optfn.warmup_constant_schedule(0.0, {d.number(0.01, 1)}, {d.one(1, 3)})",
     "warmup_cosine_decay_schedule": lambda d: f"optfn.warmup_cosine_decay_schedule(0.0, {d.number(0.01, 1)}, 2, {d.one(3, 10)})",
+    "warmup_exponential_decay_schedule": lambda d: f"optfn.warmup_exponential_decay_schedule(0.0, {d.number(0.01, 1)}, 2, 3, 0.5)",
     "warmup_stable_decay_schedule": lambda d: f"optfn.warmup_stable_decay_schedule(0.0, {d.number(0.01, 1)}, 1, 2, 3)",
     "join_schedules": lambda d: "optfn.join_schedules([optfn.linear_schedule(0.1, 0.5, 3), optfn.constant_schedule(0.2)], [2])",
     "chained_scheduler": lambda d: (

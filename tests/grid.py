@@ -1,5 +1,6 @@
 """The rows of the conformance grid: every public transformation, with its main options, and what it declares not to do."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -113,6 +114,11 @@ NO_SLOPE = Declared("a sign has no slope", AssertionError, "nothing depends on g
 SIGNS = Declared("signs are exact in float32 too", AssertionError, "rounded to float32")
 NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
 AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
+RESET = Declared("the fast state begins anew as a whole", AssertionError, "has changed")
+ONE_STEP_COUNT = dict.fromkeys(
+    ("none", "none_param", "empty_leaf"),
+    Declared("one vector has one step count", AssertionError, "step: The values for attribute 'shape' do not match"),
+)
 NO_GRAPH = Declared("torch.compile takes no sparse tensor as an input", torch._dynamo.exc.Unsupported, "wrap sparse Tensor")
 AS_IT_IS = Declared("a function of whole trees is handed half-precision leaves as they are", AssertionError, "are not equal")
 ABSOLUTE = Declared("a norm of an order other than 2 is of the absolute values, as torch's", AssertionError, "are not close")
@@ -500,4 +506,41 @@ ROWS = [
         0.8,
     ),
     Row("ema_params.swa", lambda h: optfn.chain(optfn.sgd(h), optfn.ema_params(None)), but={"none": AVERAGED}),
+    wrapper("lookahead", lambda tx: optfn.lookahead(tx, 2, 0.5)),
+    Row(
+        "lookahead.reset", lambda h: optfn.lookahead(optfn.sgd(0.1, momentum=0.9), 2, h, reset_state=True), 0.3, but={"none": RESET}
+    ),
+    wrapper("conditionally_transform", lambda tx: optfn.conditionally_transform(tx, lambda step: step != 1)),
+    wrapper("conditionally_mask", lambda tx: optfn.conditionally_mask(tx, lambda step: step != 1)),
+    Row(
+        "selective_transform",
+        lambda h: optfn.selective_transform(optfn.adamw(h), freeze_mask=pairs),
+        but={"vmap": NO_NONE},
+    ),
+    wrapper(
+        "multi_transform",
+        lambda tx: optfn.multi_transform({"pair": tx, "other": optfn.sgd(0.1, momentum=0.9)}, kind),
+        but={"bare_params": Declared("one leaf cannot have both labels", ValueError, "no leaf has the label 'other'")},
+    ),
+    wrapper("flatten", optfn.flatten, but=ONE_STEP_COUNT),
+    Row(
+        "inject_stateful_hyperparams",
+        lambda h: optfn.inject_stateful_hyperparams(optfn.adam)(lr=optfn.WrappedSchedule(optfn.linear_schedule(h, 0.01, 10))),
+        but={"donated": Declared("what an object reads is not proven, so Dynamo takes the step", AssertionError, "was not traced")},
+    ),
+    Row("snapshot", lambda h: optfn.chain(optfn.sgd(h), optfn.snapshot("norm", optfn.tree.norm))),
+    Row(
+        "monitor",
+        lambda h: optfn.chain(optfn.sgd(h), optfn.monitor({"norm": optfn.tree.norm, "all": lambda updates: updates})),
+    ),
+    Row(
+        "measure_with_ema",
+        lambda h: optfn.chain(optfn.sgd(0.1), optfn.monitor({"norm": optfn.measure_with_ema(optfn.tree.norm, h)})),
+        0.9,
+    ),
+    wrapper(
+        "accumulate.should_skip",
+        lambda tx: optfn.accumulate(tx, 2, should_skip_update_fn=functools.partial(optfn.skip_large_updates, max_squared_norm=9.0)),
+        wide={"accumulated": torch.float32},
+    ),
 ]

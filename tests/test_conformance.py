@@ -633,10 +633,9 @@ def test_every_public_transformation_has_a_row() -> None:
 PACKAGE = Path(optfn.__file__).parent
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 GROUPS = [
-    {"tree", "numerics", "checks"},
-    {"core"},
+    {"numerics", "random", "tree", "checks"},
+    {"core", "projections"},
     {"leafwise"},
-    {"random"},
     {"schedules"},
     {"compose"},
     {"transforms"},

@@ -14,6 +14,7 @@ from optax_oracle import assert_close, run, some_grads, some_params
 
 import optfn
 from optfn import tree
+from optfn.tree import structure
 
 settings.register_profile("trees", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("trees")
@@ -335,7 +336,7 @@ def test_flatten_and_back(x):
     for path, leaf in zip(tree.paths(x), found, strict=True):
         node = x
         for name in path.split(".") if path else ():
-            level = tree._children(node)
+            level = structure._children(node)
             node = level[1][level[0].index(name)]
         assert node is leaf
 
@@ -343,7 +344,7 @@ def test_flatten_and_back(x):
 @given(trees(LEAVES), trees(LEAVES))
 def test_the_structure_for_dynamo_is_that_of_optree(x, y):
     found = []
-    spec, (expected, other) = tree._Structure(x, found), tree.flatten(x)
+    spec, (expected, other) = structure._Structure(x, found), tree.flatten(x)
     assert found == expected
     assert spec.num_leaves == other.num_leaves
     assert spec.is_leaf() == other.is_leaf()
@@ -357,7 +358,7 @@ def test_the_structure_for_dynamo_is_that_of_optree(x, y):
                 spec.flatten_up_to(candidate)
         else:
             assert spec.flatten_up_to(candidate) == wanted
-    assert (spec == tree._Structure(y, [])) == (other == tree.flatten(y)[1])
+    assert (spec == structure._Structure(y, [])) == (other == tree.flatten(y)[1])
 
 
 @given(trees(TENSORS | st.none()))

@@ -11,7 +11,7 @@ from optfn import tree
 from optfn.checks import alias, check_state, number, require, scalar_or_schedule
 from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
-from optfn.numerics import Scalar, as_complex, as_real, compute_dtype, real_dtype
+from optfn.numerics import Scalar, ravel, unravel
 from optfn.schedules import ScalarOrSchedule, as_time
 
 __all__ = ["LbfgsState", "lbfgs"]
@@ -207,7 +207,7 @@ def lbfgs(
             with torch.no_grad():
 
                 def along(t: float) -> tuple[float, float]:
-                    point = added(params, tree.unflatten(spec, _unravel(t * d, grads)))[0]
+                    point = added(params, tree.unflatten(spec, unravel(t * d, grads)))[0]
                     with torch.enable_grad():
                         f, df = evaluate(point)
                     return float(f), float(_ravel(gathered(df, params)[0], g).dot(d))
@@ -220,7 +220,7 @@ def lbfgs(
         last = torch.where(active, g, state.last_grad), torch.where(active, step, state.last_step)
         step = torch.where(moves, step, 0)
         new = LbfgsState(state.n_iter + active, pairs, *last, s_all, y_all, products, gamma)
-        return tree.unflatten(spec, _unravel(step, grads)), new
+        return tree.unflatten(spec, unravel(step, grads)), new
 
     return transformation(init, update)
 
@@ -306,25 +306,11 @@ def _cubic(a: _Point, b: _Point, bounds: tuple[float, float]) -> float:
 
 def _ravel(tensors: list[Any], like: Tensor | None = None) -> Tensor:
     """All entries of the tensors that there are, as one vector, with the dtype and the length of ``like`` if it is given."""
-    found = [x for x in tensors if x is not None]
-    dtype = real_dtype(compute_dtype(*found)) if like is None else like.dtype
-    if len({x.device for x in found}) > 1:
-        raise ValueError(f"lbfgs: the leaves must be on one device, got {', '.join(sorted({str(x.device) for x in found}))}")
-    vector = torch.cat([as_real(x).reshape(-1).to(dtype) for x in found]) if found else torch.zeros(0, dtype=dtype)
+    if len(devices := {x.device for x in tensors if x is not None}) > 1:
+        raise ValueError(f"lbfgs: the leaves must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    vector = ravel(tensors, None if like is None else like.dtype)
     if like is not None and vector.shape != like.shape:
         raise ValueError(
             f"lbfgs: the updates have {len(vector)} entries, the state is of {len(like)}; where some are None pass the params too"
         )
     return vector
-
-
-def _unravel(vector: Tensor, likes: list[Tensor | None]) -> list[Tensor | None]:
-    """The vector taken apart, in tensors like these that share no memory with it."""
-    views = [None if x is None else as_real(x) for x in likes]
-    parts = iter(vector.split([x.numel() for x in views if x is not None]))
-
-    def part(like: Tensor, view: Tensor) -> Tensor:
-        x = next(parts).to(view.dtype, copy=True).reshape(view.shape)
-        return as_complex(x) if like.is_complex() else x
-
-    return [None if x is None or view is None else part(x, view) for x, view in zip(likes, views, strict=True)]

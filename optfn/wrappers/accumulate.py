@@ -1,5 +1,6 @@
 """Several micro-batches to a step."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +10,11 @@ from optfn import tree
 from optfn.checks import check_state
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned
+from optfn.numerics import Scalar, real_dtype
 from optfn.schedules import Schedule, as_time
 from optfn.wrappers.finite import all_finite, select
 
-__all__ = ["AccumulateState", "accumulate"]
+__all__ = ["AccumulateState", "accumulate", "skip_large_updates", "skip_not_finite"]
 
 
 class AccumulateState(NamedTuple):
@@ -21,9 +23,10 @@ class AccumulateState(NamedTuple):
     Attributes:
         mini_step: micro-batches gathered since the last step, a 0-dim int64 tensor.
         gradient_step: steps taken so far, a 0-dim int64 tensor.
-        skipped: micro-batches left out because they were not finite, a 0-dim int64 tensor.
+        skipped: micro-batches left out, a 0-dim int64 tensor.
         inner_state: the inner transformation's.
         accumulated: what has been gathered, with the structure of the parameters.
+        skip_state: what ``should_skip_update_fn`` had to say of the last micro-batch; ``()`` without one.
     """
 
     mini_step: Tensor
@@ -31,6 +34,7 @@ class AccumulateState(NamedTuple):
     skipped: Tensor
     inner_state: Any
     accumulated: Any
+    skip_state: Any = ()
 
 
 def accumulate(
@@ -40,6 +44,7 @@ def accumulate(
     use_grad_mean: bool = True,
     skip_nonfinite: bool = True,
     accumulator_dtype: torch.dtype | None = None,
+    should_skip_update_fn: Callable[[Any, Tensor, Any], tuple[Any, Any]] | None = None,
 ) -> GradientTransformation:
     r"""Gather the gradients of :math:`k` micro-batches and hand their mean to the inner transformation (Optax's ``MultiSteps``).
 
@@ -55,10 +60,13 @@ def accumulate(
         use_grad_mean: hand on the mean; False hands on the sum.
         skip_nonfinite: False lets everything in.
         accumulator_dtype: dtype to gather in; by default the parameter's, float32 at least.
+        should_skip_update_fn: which other micro-batches to leave out: ``should_skip_update_fn(updates, gradient_step, params)``
+            gives a 0-dim bool tensor, and a tree of tensors to keep as ``skip_state``; :func:`skip_large_updates` with a bound,
+            or your own.
 
     Raises:
         TypeError: ``inner`` is no transformation, ``every_k`` neither an int nor a function.
-        ValueError: ``every_k`` is less than 1.
+        ValueError: ``every_k`` is less than 1; ``should_skip_update_fn`` gives no bool.
 
     Example:
         >>> tx = accumulate(optfn.sgd(lr=1.0), 2)
@@ -77,22 +85,34 @@ def accumulate(
         raise ValueError(f"every_k must be >= 1, got {every_k}")
 
     def zeros(p: Tensor) -> Tensor:
-        real = p.dtype.to_real() if p.is_complex() else p.dtype
-        dtype = accumulator_dtype or torch.promote_types(real, torch.float32)
-        return torch.zeros_like(p, dtype=dtype.to_complex() if p.is_complex() else dtype)
+        dtype = accumulator_dtype or torch.promote_types(real_dtype(p.dtype), torch.float32)
+        # Dynamo (torch 2.13) has no dtype.to_complex.
+        return torch.zeros_like(p, dtype=torch.promote_types(dtype, torch.complex32) if p.is_complex() else dtype)
+
+    def judged(updates: Any, gradient_step: Tensor, params: Any) -> tuple[Tensor, Any]:
+        """Whether a micro-batch is taken, and what is kept of the judgement."""
+        everything = torch.ones_like(gradient_step, dtype=torch.bool)
+        taken = all_finite(updates, gradient_step.device) if skip_nonfinite else everything
+        if should_skip_update_fn is None:
+            return taken, ()
+        skip, said = should_skip_update_fn(updates, gradient_step, params)
+        skip = torch.as_tensor(skip, device=taken.device)
+        if skip.dtype != torch.bool or skip.ndim:
+            raise ValueError(f"should_skip_update_fn must give a bool, got {skip.dtype} of shape {tuple(skip.shape)}")
+        return taken & ~skip, tree.map(lambda x: torch.as_tensor(x).clone(), said)
 
     def init(params: Any) -> AccumulateState:
         tree.checked(params, "accumulate: params")
         count = tree.new_count(params)
-        return AccumulateState(count, count.clone(), count.clone(), inner.init(params), tree.map(zeros, params))
+        _, said = judged(tree.zeros_like(params), count, params)
+        said = tree.map(Tensor.detach, said)
+        return AccumulateState(count, count.clone(), count.clone(), inner.init(params), tree.map(zeros, params), said)
 
     def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> tuple[Any, AccumulateState]:
         check_state("accumulate", state, AccumulateState)
         aligned(updates, state.accumulated if params is None else params)
         k = every_k(as_time(state.gradient_step)) if callable(every_k) else every_k
-        taken = (
-            all_finite(updates, state.mini_step.device) if skip_nonfinite else torch.ones_like(state.mini_step, dtype=torch.bool)
-        )
+        taken, said = judged(updates, state.gradient_step, params)
         share = 1 / as_time(k) if use_grad_mean else 1
 
         def add(total: Tensor, g: Any) -> Tensor:
@@ -114,6 +134,45 @@ def accumulate(
             skipped=state.skipped + ~taken,
             inner_state=select(emit, inner_state, state.inner_state),
             accumulated=kept,
+            skip_state=said,
         )
 
     return transformation(init, update)
+
+
+def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """For :func:`accumulate`: leave out a micro-batch whose gradient holds an inf or a NaN, and say how many.
+
+    It leaves these out of itself; this adds ``num_not_finite`` and ``should_skip`` to its state.
+
+    Args:
+        updates: the gradient of the micro-batch.
+        gradient_step: is not read.
+        params: are not read.
+
+    Example:
+        >>> skip_not_finite({"w": torch.tensor([1.0, float("nan")])}, 0, None)
+        (tensor(True), {'should_skip': tensor(True), 'num_not_finite': tensor(1)})
+    """
+    count = tree.sum(tree.map(lambda u: ~u.isfinite(), updates)).to(torch.int64)
+    return count > 0, {"should_skip": count > 0, "num_not_finite": count}
+
+
+def skip_large_updates(updates: Any, gradient_step: Any, params: Any, max_squared_norm: Scalar) -> tuple[Tensor, dict[str, Tensor]]:
+    """For :func:`accumulate`: leave out a micro-batch whose gradient has a squared norm that is not below a bound; NaN is not.
+
+    ``should_skip_update_fn=functools.partial(skip_large_updates, max_squared_norm=100.0)``
+
+    Args:
+        updates: the gradient of the micro-batch.
+        gradient_step: is not read.
+        params: are not read.
+        max_squared_norm: the bound, in the units of the squared gradient.
+
+    Example:
+        >>> skip_large_updates({"w": torch.tensor([3.0, 4.0])}, 0, None, 20.0)
+        (tensor(True), {'should_skip': tensor(True), 'norm_squared': tensor(25.)})
+    """
+    square = tree.norm(updates, squared=True)
+    skip = ~(square < max_squared_norm)
+    return skip, {"should_skip": skip, "norm_squared": square}

@@ -12,7 +12,7 @@ from optfn.core import GradientTransformation, added, transformation
 from optfn.numerics import Scalar, compute_dtype, lerp
 from optfn.schedules import as_time
 
-__all__ = ["EmaParamsState", "ema_params"]
+__all__ = ["EmaParamsState", "ema_params", "incremental_update", "periodic_update"]
 
 
 class EmaParamsState(NamedTuple):
@@ -94,3 +94,62 @@ def ema_params(
         return updates, EmaParamsState(count, tree.map(average, state.average, added(params, updates)[0]))
 
     return transformation(init, update)
+
+
+def incremental_update(new_tensors: Any, old_tensors: Any, step_size: Scalar) -> Any:
+    r"""A step of an exponential moving average of parameters: :math:`\alpha\, p + (1 - \alpha)\, a`.
+
+    Args:
+        new_tensors: :math:`p`; where it is None the average stays.
+        old_tensors: :math:`a`, a tree of the same structure, whose dtypes the result has.
+        step_size: :math:`\alpha` in ``[0, 1]``.
+
+    Raises:
+        ValueError: ``step_size`` out of range; the structures differ.
+
+    Reference:
+        Polyak and Juditsky, `Acceleration of Stochastic Approximation by Averaging <https://doi.org/10.1137/0330046>`_, 1992.
+
+    Example:
+        >>> incremental_update({"w": torch.ones(2)}, {"w": torch.zeros(2)}, 0.25)
+        {'w': tensor([0.2500, 0.2500])}
+    """
+    alpha = number("step_size", step_size, at_least=0, at_most=1)
+
+    def average(old: Tensor, new: Any) -> Tensor:
+        if new is None:
+            return old
+        wide = compute_dtype(old, new)
+        return lerp(old.to(wide), new.to(wide), alpha).to(old.dtype)
+
+    return tree.map(average, old_tensors, new_tensors)
+
+
+def periodic_update(new_tensors: Any, old_tensors: Any, steps: int | Tensor, update_period: int | Tensor) -> Any:
+    """The new parameters at every ``update_period``-th step, the old ones at the others: a target network.
+
+    Args:
+        new_tensors: the parameters; where one is None the old one stays.
+        old_tensors: a tree of the same structure, whose dtypes the result has.
+        steps: how many steps were made; 0 takes the new ones.
+        update_period: at least 1.
+
+    Raises:
+        ValueError: ``update_period`` is less than 1; the structures differ.
+
+    Reference:
+        Mnih et al., `Human-level control through deep reinforcement learning <https://doi.org/10.1038/nature14236>`_, 2015,
+        algorithm 1.
+
+    Example:
+        >>> periodic_update({"w": torch.ones(1)}, {"w": torch.zeros(1)}, 4, 2), periodic_update(torch.ones(1), torch.zeros(1), 5, 2)
+        ({'w': tensor([1.])}, tensor([0.]))
+    """
+    if not isinstance(update_period, Tensor) and update_period < 1:
+        raise ValueError(f"update_period must be >= 1, got {update_period}")
+    due = torch.as_tensor(steps % update_period == 0)
+
+    def pick(old: Tensor, new: Any) -> Tensor:
+        return old if new is None else torch.where(due.to(old.device), new.to(old.dtype), old)
+
+    return tree.map(pick, old_tensors, new_tensors)

@@ -9,7 +9,7 @@ from optfn import tree
 from optfn.checks import check_state
 from optfn.core import GradientTransformation, check_transformation, transformation
 
-__all__ = ["ApplyIfFiniteState", "all_finite", "apply_if_finite", "select"]
+__all__ = ["ApplyIfFiniteState", "all_finite", "apply_if_finite", "select", "zero_unless"]
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -59,7 +59,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int |
         finite = all_finite((updates, new), state.last_finite.device)
         errors = torch.where(finite, 0, state.notfinite_count + 1)
         taken = finite if max_consecutive_errors is None else finite | (errors > max_consecutive_errors)
-        new = tree.map(lambda u: _zero_unless(taken, u), new)
+        new = tree.map(lambda u: zero_unless(taken, u), new)
         return new, ApplyIfFiniteState(
             errors, finite, state.total_notfinite + ~finite, select(taken, inner_state, state.inner_state)
         )
@@ -92,7 +92,13 @@ def _values(u: Tensor) -> Tensor:
     return u.coalesce().values() if u.layout == torch.sparse_coo else u
 
 
-def _zero_unless(condition: Tensor, u: Tensor) -> Tensor:
+def zero_unless(condition: Tensor, u: Tensor) -> Tensor:
+    """A tensor, dense or sparse, where a 0-dim condition holds, else zeros.
+
+    Example:
+        >>> zero_unless(torch.tensor(False), torch.ones(2))
+        tensor([0., 0.])
+    """
     if u.layout == torch.sparse_coo:
         u = u.coalesce()
         kept = torch.where(condition.to(u.device), u.values(), 0)

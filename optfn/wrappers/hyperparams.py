@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,70 @@ from optfn.checks import check_factory, is_zero
 from optfn.core import GradientTransformation, is_elementwise, transformation
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 
-__all__ = ["InjectHyperparamsState", "inject_hyperparams", "with_learning_rate", "with_schedules"]
+__all__ = [
+    "InjectHyperparamsState",
+    "StatefulSchedule",
+    "WrappedSchedule",
+    "WrappedScheduleState",
+    "inject_hyperparams",
+    "inject_stateful_hyperparams",
+    "with_learning_rate",
+    "with_schedules",
+]
+
+
+class StatefulSchedule(Protocol):
+    """A schedule that keeps a state, for :func:`inject_hyperparams`: a value that depends on what happens, such as the loss."""
+
+    def init(self) -> Any:
+        """The first state, a tree of tensors or numbers."""
+        ...
+
+    def update(self, state: Any, **extra: Any) -> Any:
+        """The next state; ``extra`` are the extra arguments of the transformation's update."""
+        ...
+
+    def __call__(self, state: Any, **extra: Any) -> Any:
+        """The value. When the transformation's state is made there are no extra arguments."""
+        ...
+
+
+class WrappedScheduleState(NamedTuple):
+    """The state of :class:`WrappedSchedule`.
+
+    Attributes:
+        count: the updates so far, a 0-dim int64 tensor.
+    """
+
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+class WrappedSchedule:
+    """A schedule as a :class:`StatefulSchedule`, whose state is the step.
+
+    Args:
+        schedule_fn: see :mod:`optfn.schedules`.
+
+    Example:
+        >>> schedule = WrappedSchedule(optfn.linear_schedule(1.0, 0.0, 4))
+        >>> schedule(schedule.update(schedule.init()))
+        tensor(0.7500, dtype=torch.float64)
+    """
+
+    def __init__(self, schedule_fn: Schedule) -> None:
+        self.schedule_fn = schedule_fn
+
+    def init(self) -> WrappedScheduleState:
+        """Step 0."""
+        return WrappedScheduleState(torch.zeros((), dtype=torch.int64))
+
+    def update(self, state: WrappedScheduleState, **extra: Any) -> WrappedScheduleState:
+        """The next step."""
+        return WrappedScheduleState(state.count + 1)
+
+    def __call__(self, state: WrappedScheduleState, **extra: Any) -> Tensor:
+        """The schedule at this step."""
+        return self.schedule_fn(as_time(state.count))
 
 
 class InjectHyperparamsState(NamedTuple):
@@ -24,15 +87,17 @@ class InjectHyperparamsState(NamedTuple):
         hyperparams: name to 0-dim tensor (a tuple of them for ``betas``): the value that the next update uses.
         scheduled: name to 0-dim tensor: what the schedule gave in the last update, before the first what it will give.
         inner_state: the inner transformation's.
+        hyperparams_states: the state of each :class:`StatefulSchedule`, in their order.
     """
 
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     hyperparams: dict[str, Any]
     scheduled: dict[str, Any]
     inner_state: Any
+    hyperparams_states: tuple[Any, ...] = ()
 
     _derived = ("scheduled",)
-    _scalars = ("hyperparams",)
+    _scalars = ("hyperparams", "hyperparams_states")
 
 
 def inject_hyperparams(
@@ -44,7 +109,8 @@ def inject_hyperparams(
 
     The state's values, not the ones the pair was made with, are used: ``optfn.tree.get(state, "lr")`` reads one,
     ``optfn.tree.set(state, lr=0.01)`` gives a state with another, without a new graph where the step is compiled. A schedule
-    may stand in place of a number (of any argument, not ``lr`` alone): it is evaluated at this transformation's own step.
+    may stand in place of a number (of any argument, not ``lr`` alone): it is evaluated at this transformation's own step. So may a
+    :class:`StatefulSchedule`, which has a state of its own and reads the extra arguments of ``update``.
 
     Numeric is an argument that is given as a float, or as a number or a 0-dim tensor where its default is a float; a
     tuple of such (``betas``) too. Bools, strings, functions where the default is no number (``mask``) and ints where the
@@ -109,25 +175,64 @@ def _injected(
     hyperparam_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     """``make(values)`` at every step, with the values of numbers and of schedules by name."""
+    stateful: dict[str, Any] = {name: schedule for name, schedule in schedules.items() if hasattr(schedule, "init")}
 
-    def scheduled_at(count: Tensor) -> dict[str, Any]:
-        return {name: _as_tensor(schedule(as_time(count)), hyperparam_dtype, count) for name, schedule in schedules.items()}
+    def scheduled_at(count: Tensor, states: tuple[Any, ...], extra: dict[str, Any]) -> dict[str, Any]:
+        given = dict(zip(stateful, states, strict=True))
+
+        def value(name: str, schedule: Any) -> Any:
+            return schedule(given[name], **extra) if name in stateful else schedule(as_time(count))
+
+        return {name: _as_tensor(value(name, schedule), hyperparam_dtype, count) for name, schedule in schedules.items()}
 
     checked = make(dict.fromkeys(schedules, torch.zeros(())))  # the numbers are checked here, once; what a schedule gives never is
 
     def init(params: Any) -> InjectHyperparamsState:
         count = tree.new_count(params)
         hyperparams = {name: tree.map(torch.clone, _as_tensor(value, hyperparam_dtype, count)) for name, value in numbers.items()}
-        scheduled = scheduled_at(count)
-        return InjectHyperparamsState(count, hyperparams, scheduled, make({**hyperparams, **scheduled}).init(params))
+        begun = [schedule.init() for schedule in stateful.values()]
+        states = tuple(tree.map(lambda x: torch.as_tensor(x, device=count.device).clone(), state) for state in begun)
+        scheduled = tree.map(torch.clone, scheduled_at(count, states, {})) if stateful else scheduled_at(count, (), {})
+        return InjectHyperparamsState(count, hyperparams, scheduled, make({**hyperparams, **scheduled}).init(params), states)
 
     def update(updates: Any, state: InjectHyperparamsState, params: Any = None, **extra: Any) -> tuple[Any, InjectHyperparamsState]:
-        scheduled = scheduled_at(state.count)
+        scheduled = scheduled_at(state.count, state.hyperparams_states, extra)
         tx = make({**state.hyperparams, **scheduled})
         updates, inner_state = tx.update(updates, state.inner_state, params, **extra)
-        return updates, InjectHyperparamsState(state.count + 1, state.hyperparams, scheduled, inner_state)
+        old = zip(stateful.values(), state.hyperparams_states, strict=True)
+        states = tuple(schedule.update(s, **extra) for schedule, s in old)
+        if stateful:  # a value may be a part of the schedule's state
+            scheduled = tree.map(torch.clone, scheduled)
+        return updates, InjectHyperparamsState(state.count + 1, state.hyperparams, scheduled, inner_state, states)
 
     return transformation(init, update, elementwise=is_elementwise(checked))
+
+
+def inject_stateful_hyperparams(
+    inner_factory: Callable[..., GradientTransformation],
+    static_args: str | Iterable[str] = (),
+    hyperparam_dtype: torch.dtype | None = None,
+) -> Callable[..., GradientTransformation]:
+    """Optax's older name of :func:`inject_hyperparams`, which takes a :class:`StatefulSchedule` too.
+
+    Args:
+        inner_factory: as ``factory`` there.
+        static_args: as there.
+        hyperparam_dtype: as there.
+
+    Example:
+        >>> class LossTimesTenth:
+        ...     def init(self):
+        ...         return torch.tensor(0.0)
+        ...     def update(self, state, *, value, **extra):
+        ...         return torch.as_tensor(value)
+        ...     def __call__(self, state, **extra):
+        ...         return 0.1 * extra.get("value", state)
+        >>> tx = inject_stateful_hyperparams(optfn.sgd)(lr=LossTimesTenth())
+        >>> tx.update(torch.ones(1), tx.init(torch.ones(1)), value=5.0)[0]
+        tensor([-0.5000])
+    """
+    return inject_hyperparams(inner_factory, static_args, hyperparam_dtype)
 
 
 def with_learning_rate(make: Callable[[Any], GradientTransformation], lr: ScalarOrSchedule) -> GradientTransformation:

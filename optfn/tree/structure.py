@@ -1,8 +1,4 @@
-"""Trees of tensors, on optree: dicts, lists, tuples, NamedTuples, nested, with None as a leaf that says "nothing here".
-
-A leaf is named by its dotted path: keys, indices and field names joined by dots (``"blocks.0.attn.weight"``),
-the empty string for a bare tensor. Where a state keeps nothing for a leaf it holds ``()``.
-"""
+"""The structure of trees: flatten and map, dotted paths, parts by name, flat dicts."""
 
 import inspect
 from collections import OrderedDict, defaultdict
@@ -22,6 +18,7 @@ __all__ = [
     "flatten",
     "from_flat_dict",
     "get",
+    "get_all_with_path",
     "global_norm",
     "leaves",
     "map",
@@ -459,6 +456,24 @@ def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
     if not found and default is _MISSING:
         raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
     return found[0][1] if found else default
+
+
+def get_all_with_path(tree: Any, key: str, filtering: Callable[[str, Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """Every part of a nested state (or any tree) that is called ``key``, with its dotted path.
+
+    Args:
+        tree: a state, however nested.
+        key: a name, or the end of a dotted path, as in :func:`get`.
+        filtering: ``filtering(path, part) -> bool``, which of them to give; all by default.
+
+    Example:
+        >>> tx = optfn.chain(optfn.trace(0.9), optfn.scale_by_adam())
+        >>> get_all_with_path(tx.init({"w": torch.ones(2)}), "step")
+        [('0.step', tensor([0])), ('1.step', tensor([0]))]
+    """
+    found: list[tuple[str, Any]] = []
+    _add_named(found, tree, "", key)
+    return [(path, part) for path, part in found if filtering is None or filtering(path, part)]
 
 
 def _replaced(node: Any, path: str, derived: bool, names: Iterable[str], replace: Callable[[Any, str, bool], Any]) -> Any:
