@@ -9,7 +9,7 @@ from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, average_square, bias_correction, lerp, sqrt
+from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -36,6 +36,7 @@ def scale_by_radam(
     eps_root: Scalar = 0.0,
     threshold: Scalar = 5.0,
     *,
+    nesterov: bool = False,
     eps_hat: bool = False,
 ) -> GradientTransformation:
     r"""Rescale updates by Adam once its variance can be trusted; until then by momentum alone.
@@ -55,6 +56,7 @@ def scale_by_radam(
         eps: :math:`\epsilon \ge 0`, in the units of the gradient.
         eps_root: :math:`\bar\epsilon \ge 0`, in the units of the squared gradient.
         threshold: :math:`\rho_{\min} \ge 4`, in steps: 5 in torch and Optax, 4 in the paper.
+        nesterov: as in :func:`scale_by_adam`, as in Optax.
         eps_hat: as in :func:`scale_by_adam`: :math:`\epsilon` is not bias-corrected with the second moment, torch's form.
 
     Moments have the parameter's shape and dtype.
@@ -85,12 +87,15 @@ def scale_by_radam(
         # 1 where nu is to be trusted. Where it is not r is 1, and the update is divided by the root of 0 nu + 1, plus 0.
         on, rho = (rho > threshold).to(rho.dtype), torch.where(rho > threshold, rho, longest)
         r = torch.where(on == 1, (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho), 1).sqrt()
-        return r / bias_correction(b1, step), on / weight, 1 - on + on * eps_root, on * (eps / weight.sqrt() if eps_hat else eps)
+        first, offset = bias_correction(b1, step), eps / weight.sqrt() if eps_hat else eps
+        ahead = b1 * first / bias_correction(b1, step + 1) if nesterov else None
+        return r / first, on / weight, 1 - on + on * eps_root, on * offset, ahead
 
     def update(g: Tensor, slots: RAdamSlots, p: Any, step: Any) -> tuple[Tensor, RAdamSlots]:
-        size, share, under, offset = step
+        size, share, under, offset, ahead = step
         mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
-        return size * mu / (sqrt(share * nu, under) + offset), RAdamSlots(mu, nu)
+        first = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu
+        return size * first / (sqrt(share * nu, under) + offset), RAdamSlots(mu, nu)
 
     return leafwise(init, update, elementwise=True, at_step=at_step)
 
