@@ -136,9 +136,9 @@ def page(results: dict[str, Any]) -> str:
         "",
         "- **State**: bytes a parameter, of float32 matrices.",
         "- **Checked against**: whose trajectories the tests compare in float64, to 1e-12 relative to 1 + |x|.",
-        f"- **Step ÷ copy**: a compiled step of {LEAVES} matrices of {SIDE} by {SIDE}, its buffers donated, over the time that reading",
-        "  gradients and reading and writing parameters and state would take at the speed of a copy. Products of matrices, and what is",
-        "  read again after a sum over all leaves, are not counted.",
+        f"- **Step ÷ copy**: a compiled step of {LEAVES} matrices of {SIDE} by {SIDE}, its buffers donated, over the time",
+        "  that reading gradients and reading and writing parameters and state would take at the speed of a copy. Products of",
+        "  matrices, and what is read again after a sum over all leaves, are not counted.",
         "- **Compile**: seconds that the first step takes longer than a later one, with an empty cache, after another compilation.",
         "",
         "Measured on "

@@ -345,7 +345,24 @@ def smooth(g: Tensor, slots: Smooth, p: Any, step: Tensor) -> tuple[Tensor, Smoo
     return torch.tanh(mu * step), Smooth(mu)
 
 
-NAMES = {"optfn": optfn, "torch": torch, "Smooth": Smooth, "smooth": smooth}
+class Total(NamedTuple):
+    total: Any
+
+
+def total(g: Tensor, slots: Any, p: Any, step: Tensor, shared: Total) -> tuple[tuple[Tensor], Any]:
+    return (g.sum(),), slots
+
+
+def average(shared: Total, sums: tuple[Tensor, ...]) -> Total:
+    return Total(0.9 * shared.total + 0.1 * sums[0])
+
+
+def share(g: Tensor, slots: Any, p: Any, step: Tensor, shared: Total) -> tuple[Tensor, Any]:
+    return torch.tanh(g + shared.total), slots
+
+
+COUPLED = {"Total": Total, "total": total, "average": average, "share": share}
+NAMES = {"optfn": optfn, "torch": torch, "Smooth": Smooth, "smooth": smooth, **COUPLED}
 
 
 def check(case: Case, quick: bool = False) -> None:
@@ -698,6 +715,59 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "stateless": lambda d, depth: ("optfn.stateless(lambda updates, params: optfn.tree.map(lambda u: u / 3 - 1, updates))", ()),
     "stateless_with_tree_map": lambda d, depth: ("optfn.stateless_with_tree_map(lambda g, p: torch.tanh(g))", ()),
     "leafwise": lambda d, depth: ("optfn.leafwise(lambda p: Smooth(torch.zeros_like(p)), smooth)", ()),
+    "lion": _call("lion", _rate, _betas, _decay, _max),
+    "sign_sgd": _call("sign_sgd", _rate, _decay, _max),
+    "signum": _call("signum", _rate, _decay, _max),
+    "yogi": _call("yogi", _rate, _betas, _eps, _decay, _max),
+    "adabelief": _call("adabelief", _rate, _betas, _eps, _decay, _max),
+    "amsgrad": _call("amsgrad", _rate, _betas, _eps, _max),
+    "nadamw": _call("nadamw", _rate, _betas, _eps, _decay, _max),
+    "adamaxw": _call("adamaxw", _rate, _betas, _eps, _decay, _max),
+    "optimistic_gradient_descent": _call("optimistic_gradient_descent", _rate),
+    "optimistic_adam_v2": _call("optimistic_adam_v2", _rate, _betas, _eps),
+    "acprop": _call("acprop", _rate, _betas, _eps, _decay, _max),
+    "ademamix": _call("ademamix", _rate, _eps, _decay, _max),
+    "simplified_ademamix": _call("simplified_ademamix", _rate, _betas, _eps, _decay, _max),
+    "adopt": _call("adopt", _rate, _betas, _eps, _decay, _max),
+    "adan": _call("adan", _rate, _eps, _decay, _max),
+    "novograd": _call("novograd", _rate, _betas, _eps, _decay, _max),
+    "sm3": _call("sm3", _rate, _max),
+    "madgrad": _call("madgrad", _rate, _eps, _decay, _max),
+    "cocob": _call("cocob", _rate, _decay, _max),
+    "dog": _call("dog", _rate, lambda d: f"init_step=('distance', {d.number(0.01, 1)})", _eps, _decay, _max),
+    "dowg": _call("dowg", _rate, _of("init_estim_sq_dist", 0.01, 1), _eps, _decay, _max),
+    "polyak_sgd": _call("polyak_sgd", _rate, _of("max_learning_rate", 0.1, 1), _of("f_min", 0, 1), _eps),
+    "momo": _call("momo", _rate, _of("beta", 0.1, 0.99), _of("lower_bound", 0, 1), _decay, _choice("adapt_lower_bound", True)),
+    "momo_adam": _call("momo_adam", _rate, _betas, _eps, _decay, _choice("adapt_lower_bound", True)),
+    "prodigy": _call("prodigy", _rate, _betas, _eps, _of("estim_lr0", 0.01, 1), _decay, _choice("safeguard_warmup", True), _max),
+    "dadapt_adamw": _call("dadapt_adamw", _rate, _betas, _eps, _of("estim_lr0", 0.01, 1), _decay, _max),
+    "scale_by_lion": _call("scale_by_lion", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999)),
+    "scale_by_sign": _call("scale_by_sign"),
+    "scale_by_yogi": _call("scale_by_yogi", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_belief": _call("scale_by_belief", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_amsgrad": _call("scale_by_amsgrad", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_rss": _call("scale_by_rss", _of("initial_accumulator_value", 0.01, 1), _eps),
+    "scale_by_stddev": _call("scale_by_stddev", _of("decay", 0.5, 0.99), _eps),
+    "scale_by_optimistic_gradient": _call("scale_by_optimistic_gradient", _of("alpha", 0, 2), _of("beta", 0, 2)),
+    "scale_by_acprop": _call("scale_by_acprop", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_ademamix": _call("scale_by_ademamix", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_simplified_ademamix": _call("scale_by_simplified_ademamix", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_adopt": _call("scale_by_adopt", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_adan": _call("scale_by_adan", _of("b1", 0, 0.99), _of("b2", 0, 0.99), _of("b3", 0.5, 0.999), _eps),
+    "scale_by_novograd": _call("scale_by_novograd", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
+    "scale_by_sm3": _call("scale_by_sm3", _of("b1", 0, 0.99)),
+    "scale_by_madgrad": _call("scale_by_madgrad", needed(_of("learning_rate", 0.01, 1)), _eps),
+    "scale_by_cocob": _call("scale_by_cocob"),
+    "scale_by_distance_over_gradients": _call("scale_by_distance_over_gradients", _of("reps_rel", 0.01, 1), _eps),
+    "scale_by_dog": _call("scale_by_dog", needed(lambda d: f"init_step=('heuristic', {d.number(0.01, 1)})"), _eps),
+    "scale_by_dowg": _call("scale_by_dowg", _of("init_estim_sq_dist", 0.01, 1), _eps),
+    "scale_by_polyak": _call("scale_by_polyak", _of("f_min", 0, 1), _eps, _choice("variant", "sps+")),
+    "scale_by_momo": _call("scale_by_momo", _of("lr", 0.01, 1), _of("beta", 0.1, 0.99), _decay),
+    "scale_by_momo_adam": _call("scale_by_momo_adam", _of("lr", 0.01, 1), _betas, _eps, _decay),
+    "scale_by_prodigy": _call("scale_by_prodigy", _of("lr", 0.01, 1), _betas, _eps, _of("estim_lr0", 0.01, 1), _decay),
+    "scale_by_dadapt_adamw": _call("scale_by_dadapt_adamw", _of("lr", 0.01, 1), _betas, _eps, _of("estim_lr0", 0.01, 1), _decay),
+    "normalize_by_update_norm": _call("normalize_by_update_norm", _of("scale_factor", 0.1, 2), _eps),
+    "coupled": lambda d, depth: ("optfn.coupled(lambda p: (), total, average, share, shared=Total(1.0))", ()),
     "lamb": _call("lamb", _rate, _betas, _eps, _decay, _max, lambda d: f"mask={d.mask()}"),
     "lars": _call("lars", needed(_rate), _decay, _of("trust_coefficient", 0.001, 0.5), _eps, _choice("nesterov", True), _max),
     "fromage": _call("fromage", _rate, _of("min_norm", 1e-3, 0.1), _max),
@@ -753,6 +823,10 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
         d.inner(depth),
     ),
     "flatten": lambda d, depth: ("optfn.flatten({0})", d.inner(depth)),
+    "mechanize": lambda d, depth: (
+        f"optfn.mechanize({{0}}, eps=1e-2, s_init={d.number(0.01, 1)}, num_betas={d.one(1, 6)})",
+        d.inner(depth),
+    ),
     "accumulate": lambda d, depth: (f"optfn.accumulate({{0}}, {d.one(1, 2, 3)}, use_grad_mean={d.flag()})", d.inner(depth)),
 }
 WRAPPERS = set(list(LINKS)[list(LINKS).index("chain") :])

@@ -245,6 +245,11 @@ def _deferring_pass() -> Any:
 
 
 _PROCESS = os.getpid()
+_SHIFTS = {
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name in ("bitwise_right_shift", "__rshift__")
+    for overload in getattr(torch.ops.aten, name).overloads()
+}
 
 
 def _own_threads() -> Any:
@@ -273,6 +278,10 @@ def _compile_region(graph: torch.fx.Graph, fakes: list[Any]) -> Callable[[list[A
         # Else Inductor takes for a value that was made narrow and wide again the value itself.
         "emulate_precision_casts": any(is_narrow(n.meta.get("val")) for n in graph.nodes) or config.emulate_precision_casts,
     }
+    if any(n.target in _SHIFTS for n in graph.nodes):
+        # A generator of random numbers uses each word several times, round after round. Inductor looks at every way through the
+        # rounds since the last value that it names: thirty operations back it takes half a minute, eight back a second.
+        options["realize_opcount_threshold"] = 8
     if config._pre_fusion_custom_pass is None:  # pyright: ignore[reportPrivateUsage]
         options["_pre_fusion_custom_pass"] = _deferring_pass()
     with tracing(TracingContext(mode)), config.patch(options):

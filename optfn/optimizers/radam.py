@@ -80,7 +80,7 @@ def scale_by_radam(
     def init(p: Tensor) -> RAdamSlots:
         return RAdamSlots(torch.zeros_like(p), torch.zeros_like(p))
 
-    def at_step(step: Tensor) -> tuple[Tensor, ...]:
+    def at_step(step: Tensor) -> tuple[Any, ...]:
         # In float64 also for float32 leaves: rho is a small difference of large numbers.
         weight = bias_correction(b2, as_time(step))
         rho = longest - 2 * as_time(step) * (1 - weight) / weight
