@@ -3,7 +3,7 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, perturbations, projections, random, tree
+from optfn import interop, perturbations, projections, random, second_order, tree
 from optfn.compile import compile
 from optfn.compose import (
     MaskedState,
@@ -406,6 +406,7 @@ __all__ = [
     "schedule_free_adamw",
     "schedule_free_eval_params",
     "schedule_free_sgd",
+    "second_order",
     "selective_transform",
     "set_to_zero",
     "sgd",
