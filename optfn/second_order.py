@@ -17,7 +17,7 @@ __all__ = ["fisher_diag", "hessian_diag", "hvp"]
 Loss = Callable[[Any, Any, Any], Tensor]
 
 
-def hvp(loss: Loss, v: Tensor, params: Any, inputs: Any, targets: Any) -> Tensor:
+def hvp(loss: Loss, v: Tensor, params: Any, inputs: Any, targets: Any) -> Any:
     r"""The product of the Hessian and a vector, :math:`\nabla^2 f(p)\, v`, at the cost of some gradients.
 
     Args:
@@ -27,12 +27,15 @@ def hvp(loss: Loss, v: Tensor, params: Any, inputs: Any, targets: Any) -> Tensor
         inputs: handed to ``loss``.
         targets: handed to ``loss``.
 
+    Returns:
+        The product, a tree like ``params``, as Optax's.
+
     Raises:
         ValueError: ``v`` has another size.
 
     Example:
         >>> hvp(lambda p, x, y: (p["w"] ** 3).sum(), torch.tensor([1.0, 0.0]), {"w": torch.tensor([2.0, 5.0])}, None, None)
-        tensor([12.,  0.])
+        {'w': tensor([12.,  0.])}
     """
     found, spec = tree.flatten(params)
     sizes = [x.numel() for x in found if x is not None]
@@ -41,7 +44,7 @@ def hvp(loss: Loss, v: Tensor, params: Any, inputs: Any, targets: Any) -> Tensor
     parts = iter(v.split(sizes))
     tangent = tree.unflatten(spec, [None if x is None else next(parts).reshape(x.shape).to(x.dtype) for x in found])
     gradient = torch.func.grad(lambda p: loss(p, inputs, targets))
-    return _ravel(torch.func.jvp(gradient, (params,), (tangent,))[1])
+    return torch.func.jvp(gradient, (params,), (tangent,))[1]
 
 
 def hessian_diag(loss: Loss, params: Any, inputs: Any, targets: Any) -> Tensor:
@@ -59,9 +62,8 @@ def hessian_diag(loss: Loss, params: Any, inputs: Any, targets: Any) -> Tensor:
     """
     flat = _ravel(params)
     one = torch.zeros_like(flat)
-    products = (
-        hvp(loss, one.index_fill(0, torch.tensor(i, device=one.device), 1), params, inputs, targets) for i in range(len(flat))
-    )
+    ones = (one.index_fill(0, torch.tensor(i, device=one.device), 1) for i in range(len(flat)))
+    products = (_ravel(hvp(loss, v, params, inputs, targets)) for v in ones)
     return torch.stack([product[i] for i, product in enumerate(products)]) if len(flat) else flat
 
 
