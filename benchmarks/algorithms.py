@@ -1,6 +1,6 @@
 """Every algorithm of optfn on one page: what it is, what it keeps, what it is checked against, and how fast its step is.
 
-    python benchmarks/algorithms.py               docs/algorithms.md, some ten minutes
+    python benchmarks/algorithms.py               docs/algorithms.md, some five minutes
     python benchmarks/algorithms.py --only lion   some of the rows; the others stay
 
 A step is compiled, with parameters and state donated, on 16 matrices of 1024 x 1024 in float32.
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -157,27 +156,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="some of the algorithms; what an earlier run found of others stays"
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="to time each (default: 3)")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--seconds", type=float, default=1.0, help="to time each (default: 1)")
     args = parser.parse_args(argv)
-    if args.one:
-        torch.compile(lambda x: x + 1)(torch.ones(3))
-        print(json.dumps(measured(args.one, args.seconds)))
-        return 0
     if unknown := {*(args.only or ())} - {*aliases()}:
         parser.error(f"no algorithm is called {', '.join(sorted(unknown))}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     results["machine"] = report.machine("cpu")
-    for name in tqdm(args.only or aliases(), unit="algorithm", dynamic_ncols=True):
-        command = [sys.executable, __file__, "--one", name, "--seconds", str(args.seconds)]
-        with tempfile.TemporaryDirectory() as cache:
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        if done.returncode:
-            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            return 1
-        results["rows"][name] = json.loads(done.stdout.splitlines()[-1])
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        torch.compile(lambda x: x + 1)(torch.ones(3))  # what the first one of a process costs is not the algorithm's
+        for name in tqdm(args.only or aliases(), unit="algorithm", dynamic_ncols=True):
+            results["rows"][name] = measured(name, args.seconds)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
     print(f"{PAGE.relative_to(ROOT)}: {len(results['rows'])} algorithms")
     return 0

@@ -109,7 +109,6 @@ def tanh_of_share(h: Any) -> GradientTransformation:
 
 
 NO_NONE = Declared("torch.func has no None as an output", ValueError, "got type <class 'NoneType'>")
-OF_ALL = Declared("the first distance is that of all parameters", AssertionError, "are not equal")
 NO_SLOPE = Declared("a sign has no slope", AssertionError, "nothing depends on grads")
 SIGNS = Declared("signs are exact in float32 too", AssertionError, "rounded to float32")
 NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
@@ -313,8 +312,12 @@ ROWS = [
         wide={"z": torch.float64},
     ),
     # Blocks
-    Row("scale_by_distance_over_gradients", lambda h: optfn.scale_by_distance_over_gradients(h, param_dtype=torch.float64)),
-    Row("scale_by_dog", lambda h: optfn.scale_by_dog(("heuristic", h)), but={"none": OF_ALL}),
+    Row(
+        "scale_by_distance_over_gradients",
+        lambda h: optfn.scale_by_distance_over_gradients(h, param_dtype=torch.float64),
+        wide={"start": torch.float64},
+    ),
+    Row("scale_by_dog", lambda h: optfn.scale_by_dog(("heuristic", h))),
     Row("scale_by_dowg", optfn.scale_by_dowg),
     Row("scale_by_polyak", lambda h: optfn.scale_by_polyak(eps=h, variant="sps+"), extra={"value": 1.0}),
     Row("scale_by_momo", lambda h: optfn.scale_by_momo(weight_decay=h), extra={"value": 1.0}),

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optfn import tree
 from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
@@ -33,7 +32,7 @@ class DistanceSlots(NamedTuple):
     """Slots of :func:`scale_by_dog` and :func:`scale_by_dowg` for one tensor.
 
     Attributes:
-        start: the parameter as it was at ``init``.
+        start: the parameter as it was at its first update.
     """
 
     start: Tensor
@@ -73,7 +72,7 @@ class LayerDistanceSlots(NamedTuple):
     """Slots of :func:`scale_by_distance_over_gradients` for one tensor.
 
     Attributes:
-        start: the parameter as it was at ``init``.
+        start: the parameter as it was at its first update.
         max_dist: its largest distance from there so far, or the initial one, 0-dim.
         sum_sq_norm_grads: the sum of the squared norms of its gradients, 0-dim.
     """
@@ -90,7 +89,8 @@ def _by_distance(decide: Callable[..., Any], shared: Any) -> GradientTransformat
         return DistanceSlots(p.clone())
 
     def measure(g: Tensor, slots: DistanceSlots, p: Tensor, step: Any, shared: Any) -> tuple[tuple[Tensor, ...], DistanceSlots]:
-        return ((p - slots.start).square().sum(), g.square().sum()), slots
+        start = torch.where(step == 1, p, slots.start)
+        return ((p - start).square().sum(), g.square().sum(), p.square().sum()), DistanceSlots(start)
 
     def update(g: Tensor, slots: DistanceSlots, p: Tensor, step: Any, shared: Any) -> tuple[Tensor, DistanceSlots]:
         return shared.step_size * g, slots
@@ -135,20 +135,17 @@ def scale_by_dog(
         raise ValueError(f"init_step[0] must be 'distance', 'learning_rate' or 'heuristic', got {kind!r}")
     value, eps = number("init_step[1]", value, at_least=0), number("eps", eps, at_least=0)
 
-    def shared(params: Any) -> DogShared:
-        reach = {"distance": value, "learning_rate": 0.0, "heuristic": value * (1 + tree.global_norm(params))}[kind]
-        return DogShared(reach, 0.0, 0.0, 0)  # type: ignore[arg-type]
-
     def decide(shared: DogShared, sums: tuple[Tensor, ...]) -> DogShared:
-        sq_dist, sq_norm = sums
-        max_dist = torch.maximum(shared.max_dist, sqrt(sq_dist))
+        sq_dist, sq_norm, sq_size = sums
+        reach = value * (1 + sqrt(sq_size)) if kind == "heuristic" else value if kind == "distance" else 0.0
+        max_dist = torch.maximum(torch.where(shared.count == 0, reach, shared.max_dist), sqrt(sq_dist))
         sum_sq_norm_grads = shared.sum_sq_norm_grads + sq_norm
         step_size = max_dist / sqrt(sum_sq_norm_grads, eps)
         if kind == "learning_rate":
             step_size = torch.where(shared.count == 0, value, step_size)
         return DogShared(max_dist, sum_sq_norm_grads, step_size, shared.count + 1)
 
-    return _by_distance(decide, shared)
+    return _by_distance(decide, DogShared(0.0, 0.0, 0.0, 0))  # type: ignore[arg-type]
 
 
 def scale_by_dowg(init_estim_sq_dist: Scalar | None = None, eps: Scalar = 1e-4) -> GradientTransformation:
@@ -180,16 +177,13 @@ def scale_by_dowg(init_estim_sq_dist: Scalar | None = None, eps: Scalar = 1e-4) 
     eps = number("eps", eps, at_least=0)
     start = eps if init_estim_sq_dist is None else number("init_estim_sq_dist", init_estim_sq_dist, at_least=0)
 
-    def shared(params: Any) -> DowgShared:
-        return DowgShared(1.0 * start, 0.0, 0.0)  # type: ignore[arg-type]
-
     def decide(shared: DowgShared, sums: tuple[Tensor, ...]) -> DowgShared:
-        sq_dist, sq_norm = sums
+        sq_dist, sq_norm, _ = sums
         estim_sq_dist = torch.maximum(shared.estim_sq_dist, sq_dist)
         weighted_sq_norm_grads = shared.weighted_sq_norm_grads + estim_sq_dist * sq_norm
         return DowgShared(estim_sq_dist, weighted_sq_norm_grads, estim_sq_dist / (sqrt(weighted_sq_norm_grads) + eps))
 
-    return _by_distance(decide, shared)
+    return _by_distance(decide, DowgShared(1.0 * start, 0.0, 0.0))  # type: ignore[arg-type]
 
 
 def scale_by_distance_over_gradients(
@@ -221,14 +215,16 @@ def scale_by_distance_over_gradients(
     scale = number("global_scale", global_scale)
 
     def init(p: Tensor) -> LayerDistanceSlots:
-        reach = reps_rel * (1 + norm(p))
-        return LayerDistanceSlots(p.to(param_dtype, copy=True), reach, torch.zeros_like(reach))
+        zero = torch.zeros_like(norm(p))
+        return LayerDistanceSlots(p.to(param_dtype, copy=True), zero, zero.clone())
 
     def update(g: Tensor, slots: LayerDistanceSlots, p: Tensor, step: Any) -> tuple[Tensor, LayerDistanceSlots]:
-        max_dist = torch.maximum(slots.max_dist, norm(p - slots.start))
+        start = torch.where(step == 1, p.to(param_dtype), slots.start)
+        reach = torch.where(step == 1, reps_rel * (1 + norm(p)), slots.max_dist)
+        max_dist = torch.maximum(reach, norm(p - start))
         sum_sq_norm_grads = slots.sum_sq_norm_grads + g.square().sum()
         direction = scale * max_dist / sqrt(sum_sq_norm_grads, eps) * g
-        return direction, LayerDistanceSlots(slots.start, max_dist, sum_sq_norm_grads)
+        return direction, LayerDistanceSlots(start, max_dist, sum_sq_norm_grads)
 
     return leafwise(init, update, needs_params=True)
 

@@ -151,6 +151,7 @@ def _step_size(
     return MomoShared(shared.loss, product, lower_bound, step_size, shared.count + 1)
 
 
+@alias
 def scale_by_momo(
     lr: Scalar = 1.0, beta: Scalar = 0.9, lower_bound: Scalar = 0.0, weight_decay: Scalar = 0.0, adapt_lower_bound: bool = False
 ) -> GradientTransformation:
@@ -211,6 +212,7 @@ def scale_by_momo(
     return coupled(init, measure, decide, update, shared=start, needs_params=True, extra=("value",))
 
 
+@alias
 def scale_by_momo_adam(
     lr: Scalar = 1e-2,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),

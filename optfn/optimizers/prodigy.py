@@ -24,7 +24,7 @@ class ProdigySlots(NamedTuple):
         mu: first moment of the gradients, each times the estimate at its step.
         nu: second moment of them.
         grad_sum: weighted sum of the gradients.
-        start: the parameter as it was at ``init``.
+        start: the parameter as it was at its first update.
     """
 
     mu: Tensor
@@ -61,6 +61,7 @@ class EstimateShared(NamedTuple):
     last_estim_lr: Tensor
 
 
+@alias
 def scale_by_prodigy(
     lr: Scalar = 1.0,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
@@ -116,21 +117,23 @@ def scale_by_prodigy(
     def init(p: Tensor) -> ProdigySlots:
         return ProdigySlots(torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p), p.clone())
 
-    def at_step(step: Tensor) -> Tensor:
-        return lr * bias_correction(b2, step).sqrt() / bias_correction(b1, step)
+    def at_step(step: Tensor) -> tuple[Tensor, Tensor]:
+        return lr * bias_correction(b2, step).sqrt() / bias_correction(b1, step), step == 1
 
-    def measure(g: Tensor, slots: ProdigySlots, p: Tensor, size: Tensor, shared: EstimateShared) -> tuple[Any, ProdigySlots]:
-        d = shared.estim_lr
+    def measure(g: Tensor, slots: ProdigySlots, p: Tensor, step: Any, shared: EstimateShared) -> tuple[Any, ProdigySlots]:
+        (size, first), d = step, shared.estim_lr
+        start = torch.where(first, p, slots.start)
         mu, nu = lerp(slots.mu, d * g, 1 - b1), average_square(slots.nu, d * g, b2)
         grad_sum = b3 * slots.grad_sum + d / d0 * (d if safeguard_warmup else d * size) * g
-        return (d * size * (g * (slots.start - p)).sum(), grad_sum.abs().sum()), ProdigySlots(mu, nu, grad_sum, slots.start)
+        return (d * size * (g * (start - p)).sum(), grad_sum.abs().sum()), ProdigySlots(mu, nu, grad_sum, start)
 
     def decide(shared: EstimateShared, sums: tuple[Tensor, ...]) -> EstimateShared:
         d, (product, size) = shared.estim_lr, sums
         numerator = b3 * shared.numerator_weighted + d / d0 * product
         return EstimateShared(torch.maximum(d, coef * ratio(numerator, size)), numerator, d)
 
-    def update(g: Tensor, slots: ProdigySlots, p: Tensor, size: Tensor, shared: EstimateShared) -> tuple[Tensor, ProdigySlots]:
+    def update(g: Tensor, slots: ProdigySlots, p: Tensor, step: Any, shared: EstimateShared) -> tuple[Tensor, ProdigySlots]:
+        size, _ = step
         direction = slots.mu / (sqrt(slots.nu) + shared.estim_lr * eps)
         return shared.last_estim_lr * size * (direction + weight_decay * p), slots
 
@@ -138,6 +141,7 @@ def scale_by_prodigy(
     return coupled(init, measure, decide, update, shared=start, at_step=at_step, needs_params=True)
 
 
+@alias
 def scale_by_dadapt_adamw(
     lr: Scalar = 1.0,
     betas: tuple[Scalar, Scalar] = (0.9, 0.999),
