@@ -711,3 +711,38 @@ def test_operators_that_are_made_of_views() -> None:
     step = optfn.compile(lambda params: [make(p) for make, p in zip(MADE_OF_VIEWS, params, strict=True)], donate="params")
     step(params)
     same(params, expected)
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_generated_functions_keep_their_digits_near_0(dtype: torch.dtype) -> None:
+    """Those that a difference of nearly equal numbers would spoil, against float64, or, of float64, as torch has them."""
+    exponents = torch.logspace(-12, 0.5, 400, dtype=torch.float64)
+    x = torch.cat(
+        [-exponents, exponents, torch.tensor([0.0, -0.0, 90.0, 1000.0, -1000.0, math.inf, -math.inf], dtype=torch.float64)]
+    ).to(dtype)
+
+    def functions(x: Tensor) -> list[Tensor]:
+        inside = x.clamp(-0.99, 0.99)
+        return [x.expm1(), inside.atanh(), x.tanh(), x.sinh(), x.asinh(), inside.log1p(), torch.sigmoid(x)]
+
+    step = optfn.compile(lambda p, x: (p + 1, functions(x)), donate="p")
+    _, found = step(torch.zeros(()), x)
+    assert step._calls.calls[0].program is not None
+    for y, wanted in zip(found, functions(x.double()), strict=True):
+        torch.testing.assert_close(y.double(), wanted.to(dtype).double(), rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.codegen
+@pytest.mark.parametrize("leaves", [1, 2, 20])
+def test_compiled_bias_corrections_are_exact(leaves: int) -> None:
+    tx = optfn.scale_by_adam()
+    params = {f"{i}": torch.full((3,), 2.0) for i in range(leaves)}
+
+    def step(state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state)
+        return state, updates
+
+    _, updates = optfn.compile(step, donate="state")(tx.init(params), params)
+    for u in optfn.tree.leaves(updates):
+        torch.testing.assert_close(u, torch.ones(3), rtol=3e-7, atol=0)

@@ -27,7 +27,7 @@ from optfn.compile.costs import Work, not_worth, work_of
 from optfn.compile.failing import check_indices
 from optfn.compile.internals import KEEPS_ORDER, OpOverload
 from optfn.compile.phases import Phases, connected, is_write, phases_of
-from optfn.compile.rewrites import round_every_result, sum_by_rows
+from optfn.compile.rewrites import keep_digits, round_every_result, sum_by_rows
 from optfn.compile.scalars import together
 
 __all__ = ["Program", "split"]
@@ -177,6 +177,7 @@ class _Splitter:
         for region_graph, _ in graphs:
             round_every_result(region_graph)
             sum_by_rows(region_graph)
+            keep_digits(region_graph)
         generated = iter(compile_regions(graphs))
         self.compiled += [_in_order(region.graph()[0]) if region.called else next(generated) for region in regions]
         return Program(self.steps, self.size, results, sum(not region.called for region in regions), self.calls)
