@@ -33,12 +33,13 @@ LOSS = {"value": torch.tensor(1.0)}
 EXTRA: dict[str, dict[str, Any]] = {"momo": LOSS, "momo_adam": LOSS, "polyak_sgd": LOSS}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "noisy_sgd": {"key": 0},
-    "dpsgd": {"l2_norm_clip": 1.0, "noise_multiplier": 1.0, "key": 0},
-    "schedule_free_sgd": {},
+    "dpsgd": {"lr": 1e-3, "l2_norm_clip": 1.0, "noise_multiplier": 1.0, "key": 0},
+    "lars": {"lr": 1e-3},
 }
 UNTIMED = {
     "lbfgs": "its step is a line search",
     "sparse_adam": "its step is that of the rows touched",
+    "muon": "its time is that of products of matrices",
     "dpsgd": "its gradients are one for each example",
 }
 OTHERWISE = {
