@@ -746,3 +746,17 @@ def test_compiled_bias_corrections_are_exact(leaves: int) -> None:
     _, updates = optfn.compile(step, donate="state")(tx.init(params), params)
     for u in optfn.tree.leaves(updates):
         torch.testing.assert_close(u, torch.ones(3), rtol=3e-7, atol=0)
+
+
+@pytest.mark.codegen
+def test_an_empty_complex_leaf_is_called() -> None:
+    tx = optfn.chain(optfn.prodigy(), optfn.prodigy(weight_decay=0.1))
+    params = {"a": torch.randn(3, 1, dtype=torch.complex128), "b": torch.zeros(0, 3, dtype=torch.complex128)}
+
+    def step(state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return state, updates
+
+    wanted = step(tx.init(params), params)[1]
+    found = optfn.compile(step, donate="state")(tx.init(params), params)[1]
+    torch.testing.assert_close(found, wanted)

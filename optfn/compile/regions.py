@@ -189,7 +189,8 @@ class _Splitter:
             if not self.model.intersection(c.nodes):
                 work, times = found.get(c.key, (None, 0))
                 found[c.key] = work or work_of(c.nodes, _bytes(c)), times + 1
-        return not_worth(found)
+        # Inductor cannot make an empty complex tensor of parts that it has found to be constant.
+        return not_worth(found) | {c.key for c in components if any(map(_is_empty_complex, c.nodes))}
 
     def forget(self, kept: list[int]) -> None:
         """Of the values that steps read, leave those that are read for the last time."""
@@ -421,6 +422,10 @@ def _is_computed(n: Any) -> bool:
 
 def _is_complex(n: Node) -> bool:
     return isinstance(x := n.meta["val"], Tensor) and x.is_complex()
+
+
+def _is_empty_complex(n: Node) -> bool:
+    return any(_is_complex(a) and a.meta["val"].numel() == 0 for a in (n, *n.all_input_nodes))
 
 
 def _is_entry_by_entry(n: Node, a: Node) -> bool:
