@@ -750,13 +750,14 @@ def test_compiled_bias_corrections_are_exact(leaves: int) -> None:
 
 @pytest.mark.codegen
 def test_an_empty_complex_leaf_is_called() -> None:
-    tx = optfn.chain(optfn.prodigy(), optfn.prodigy(weight_decay=0.1))
+    first = optfn.prodigy(betas=(0.191, 0.632), safeguard_warmup=True)
+    tx = optfn.chain(first, optfn.prodigy(eps=0.033, weight_decay=0.188, maximize=True))
     params = {"a": torch.randn(3, 1, dtype=torch.complex128), "b": torch.zeros(0, 3, dtype=torch.complex128)}
 
-    def step(state: Any, grads: Any) -> Any:
+    def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
-        return state, updates
+        return optfn.apply_updates(params, updates), state
 
-    wanted = step(tx.init(params), params)[1]
-    found = optfn.compile(step, donate="state")(tx.init(params), params)[1]
+    wanted = step(params, tx.init(params), params)[0]
+    found = optfn.compile(step, donate=("params", "state"))(copies(params), tx.init(params), copies(params))[0]
     torch.testing.assert_close(found, wanted)
