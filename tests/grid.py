@@ -315,7 +315,7 @@ ROWS = [
     Row(
         "scale_by_distance_over_gradients",
         lambda h: optfn.scale_by_distance_over_gradients(h, param_dtype=torch.float64),
-        wide={"start": torch.float64},
+        wide={"start": torch.float64, "max_dist": torch.float32, "sum_sq_norm_grads": torch.float32},
     ),
     Row("scale_by_dog", lambda h: optfn.scale_by_dog(("heuristic", h))),
     Row("scale_by_dowg", optfn.scale_by_dowg),
