@@ -47,7 +47,6 @@ OTHERWISE = {
     "acprop": "Optax, and the authors' code",
     "yogi": "Optax, but for the first moment, and the paper",
     "adopt": "Optax, and the authors' code",
-    "sparse_adam": "torch.optim",
 }
 """What an algorithm is checked against where its namesake in Optax is not, or not alone, what it follows."""
 
@@ -76,11 +75,10 @@ def paper(name: str) -> str:
 
 
 def oracle(name: str) -> str:
-    torch_name = {"sgd": "SGD", "rmsprop": "RMSprop", "asgd": "ASGD", "lbfgs": "LBFGS", "nadam": "NAdam", "radam": "RAdam"}
     known = {x.lower() for x in vars(torch.optim) if x[0].isupper()}
     if name in OTHERWISE:
         return OTHERWISE[name]
-    if torch_name.get(name, name).lower() in known:
+    if name.replace("_", "") in known:
         return "torch.optim"
     return "Optax" if hasattr(optax, name) or hasattr(optax.contrib, name) else "the paper"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from optfn import numerics
 from optfn import tree as trees
 from optfn.checks import number
-from optfn.numerics import Scalar
+from optfn.numerics import Scalar, ratio
 
 __all__ = [
     "projection_box",
@@ -222,7 +222,7 @@ def projection_vector(x: Any, a: Any) -> Any:
         >>> projection_vector({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([2.0, 0.0])})
         {'w': tensor([1., 0.])}
     """
-    return trees.scale(_ratio(trees.vdot(a, x), a), a)
+    return trees.scale(ratio(trees.vdot(a, x), trees.norm(a, squared=True)), a)
 
 
 def projection_hyperplane(x: Any, a: Any, b: Scalar) -> Any:
@@ -242,7 +242,7 @@ def projection_hyperplane(x: Any, a: Any, b: Scalar) -> Any:
         >>> projection_hyperplane({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.0, 2.0])}, 6.0)
         {'w': tensor([1., 3.])}
     """
-    return trees.add_scale(x, _ratio(number("b", b) - trees.vdot(a, x), a), a)
+    return trees.add_scale(x, ratio(number("b", b) - trees.vdot(a, x), trees.norm(a, squared=True)), a)
 
 
 def projection_halfspace(x: Any, a: Any, b: Scalar) -> Any:
@@ -262,7 +262,7 @@ def projection_halfspace(x: Any, a: Any, b: Scalar) -> Any:
         >>> projection_halfspace({"w": torch.tensor([1.0, 4.0])}, {"w": torch.tensor([0.0, 2.0])}, 6.0)
         {'w': tensor([1., 3.])}
     """
-    return trees.add_scale(x, _ratio(number("b", b) - trees.vdot(a, x).real, a).clamp_max(0), a)
+    return trees.add_scale(x, ratio(number("b", b) - trees.vdot(a, x).real, trees.norm(a, squared=True)).clamp_max(0), a)
 
 
 def _simplex(x: Tensor, s: Scalar) -> Tensor:
@@ -288,13 +288,6 @@ def _together(f: Callable[[Tensor], Tensor], of: Any) -> Any:
     if not trees.size(of):
         return of
     return trees.unflatten(spec, numerics.unravel(f(numerics.ravel(found)), found))
-
-
-def _ratio(product: Tensor, a: Any) -> Tensor:
-    """Over the square of a; 0 where that is 0."""
-    square = trees.norm(a, squared=True)
-    nothing = square == 0
-    return torch.where(nothing, 0, product / torch.where(nothing, 1, square))
 
 
 def _like(bound: Any, of: Any) -> Any:

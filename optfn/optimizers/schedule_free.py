@@ -10,7 +10,7 @@ from optfn.checks import alias, check_state, number, require, scalar_or_schedule
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned
-from optfn.numerics import Scalar, compute_dtype
+from optfn.numerics import Scalar, compute_dtype, ratio
 from optfn.optimizers.rmsprop import scale_by_rms
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import add_decayed_weights
@@ -111,7 +111,7 @@ def schedule_free(
         max_lr = torch.maximum(state.max_lr, state.max_lr.new_zeros(()) + lr)
         weight = max_lr**power
         total = state.weight_sum + weight
-        c = torch.where(total == 0, 0, weight / torch.where(total == 0, 1, total))
+        c = ratio(weight, total)
 
         def moved(u: Tensor, y: Tensor, z: Tensor) -> Tensor:
             wide = compute_dtype(u, y, z)
