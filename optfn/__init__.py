@@ -99,6 +99,14 @@ from optfn.optimizers.schedule_free import (
 from optfn.optimizers.sgd import sgd
 from optfn.optimizers.signum import scale_by_sign, sign_sgd, signum
 from optfn.optimizers.sm3 import Sm3Slots, scale_by_sm3, sm3
+from optfn.optimizers.sophia import (
+    HutchinsonState,
+    SophiaSlots,
+    SophiaState,
+    hutchinson_estimator_diag_hessian,
+    scale_by_sophia,
+    sophia,
+)
 from optfn.optimizers.sparse_adam import sparse_adam
 from optfn.optimizers.trust_ratio import fromage, lamb, lars, scale_by_trust_ratio
 from optfn.optimizers.yogi import YogiSlots, scale_by_yogi, yogi
@@ -209,6 +217,7 @@ __all__ = [
     "EstimateShared",
     "FactoredSlots",
     "GradientTransformation",
+    "HutchinsonState",
     "InjectHyperparamsState",
     "LayerDistanceSlots",
     "LbfgsState",
@@ -247,6 +256,8 @@ __all__ = [
     "SimplifiedAdemamixSlots",
     "Sm3Slots",
     "SnapshotState",
+    "SophiaSlots",
+    "SophiaState",
     "StatefulSchedule",
     "TraceSlots",
     "WrappedSchedule",
@@ -303,6 +314,7 @@ __all__ = [
     "flatten",
     "freeze",
     "fromage",
+    "hutchinson_estimator_diag_hessian",
     "identity",
     "incremental_update",
     "inject_hyperparams",
@@ -399,6 +411,7 @@ __all__ = [
     "scale_by_sign",
     "scale_by_simplified_ademamix",
     "scale_by_sm3",
+    "scale_by_sophia",
     "scale_by_stddev",
     "scale_by_trust_ratio",
     "scale_by_yogi",
@@ -418,6 +431,7 @@ __all__ = [
     "skip_not_finite",
     "sm3",
     "snapshot",
+    "sophia",
     "sparse_adam",
     "sparse_masked",
     "stateless",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optfn import tree
 
-__all__ = ["fisher_diag", "hessian_diag", "hvp"]
+__all__ = ["fisher_diag", "hessian_diag", "hessian_product", "hvp"]
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
@@ -43,8 +43,29 @@ def hvp(loss: Loss, v: Tensor, params: Any, inputs: Any, targets: Any) -> Any:
         raise ValueError(f"v must have the {sum(sizes)} entries of params, got shape {tuple(v.shape)}")
     parts = iter(v.split(sizes))
     tangent = tree.unflatten(spec, [None if x is None else next(parts).reshape(x.shape).to(x.dtype) for x in found])
-    gradient = torch.func.grad(lambda p: loss(p, inputs, targets))
-    return torch.func.jvp(gradient, (params,), (tangent,))[1]
+    return hessian_product(lambda p: loss(p, inputs, targets), params, tangent)
+
+
+def hessian_product(fun: Callable[[Any], Tensor], params: Any, tangent: Any) -> Any:
+    """The product of the Hessian of a function of one tree and a tree, at the cost of some gradients.
+
+    Args:
+        fun: a function of ``params``, to a 0-dim tensor.
+        params: where the Hessian is taken, a tree of tensors; None stays None.
+        tangent: what it is multiplied by, a tree like ``params``, with the same shapes and dtypes.
+
+    Example:
+        >>> params = {"w": torch.tensor([2.0, 5.0]), "b": None}
+        >>> hessian_product(lambda p: (p["w"] ** 3).sum(), params, {"w": torch.tensor([1.0, 0.0]), "b": None})
+        {'w': tensor([12.,  0.]), 'b': None}
+    """
+
+    def gradient(present: list[Tensor]) -> list[Tensor]:
+        parts = iter(present)
+        return tree.leaves(tree.value_and_grad(fun)(tree.map(lambda _: next(parts), params))[1])
+
+    products = iter(torch.func.jvp(gradient, (tree.leaves(params),), (tree.leaves(tangent),))[1])
+    return tree.map(lambda _: next(products), params)
 
 
 def hessian_diag(loss: Loss, params: Any, inputs: Any, targets: Any) -> Tensor:

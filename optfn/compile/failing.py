@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from optfn.compile import internals
+from optfn.compile.branches import Branch
 
 __all__ = ["called_first", "check_indices", "strict", "within"]
 
@@ -243,7 +244,7 @@ def _may_fail(n: Node) -> bool:
     """Whether a call, of shapes and dtypes that fit, may raise because of the numbers that it is given. Unknown ones may."""
     target: Any = n.target
     if not isinstance(target, internals.OpOverload):
-        return False  # an input, or an item of what an operator gives
+        return isinstance(target, Branch)  # none is an input, or an item of what an operator gives
     name = target._schema.name  # pyright: ignore[reportPrivateUsage]
     space, _, plain = name.partition("::")
     if target is aten.copy_.default or target.is_view or name in _SAFE_NAMES or (space in _SAFE and not n.all_input_nodes):

@@ -420,7 +420,7 @@ def is_operator(f: Any) -> bool:
     names = getattr(f, "__globals__", None)
     if names is not None and any(names is vars(module) for module in (torch.functional, torch.nn.functional)):
         return True
-    return f in _operators()
+    return f in _operators() or f is torch.ops.optfn.decides.default
 
 
 def is_read_off_kind(f: Any) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from optfn.compile.branches import take_branches
 from optfn.compile.costs import Work, not_worth, work_of
 from optfn.compile.failing import check_indices
 from optfn.compile.internals import KEEPS_ORDER, OpOverload
@@ -102,6 +103,7 @@ def split(graph: Graph, compile_regions: CompileRegions) -> Program:
     for n in graph.nodes:
         n.meta.setdefault("val", None)  # a check gives nothing
     check_indices(graph)
+    take_branches(graph)
     return _Splitter(*together(graph, phases_of(graph))).program(compile_regions)
 
 

@@ -37,6 +37,8 @@ from optfn.tree.arithmetic import (
     where,
     zeros_like,
 )
+from optfn.tree.branch import cond
+from optfn.tree.branch import decided as decided
 from optfn.tree.structure import NAMESPACE as NAMESPACE
 from optfn.tree.structure import (
     cast,
@@ -74,6 +76,7 @@ __all__ = [
     "cast_like",
     "children",
     "clip",
+    "cond",
     "conj",
     "div",
     "dtype",
