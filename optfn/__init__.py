@@ -66,7 +66,7 @@ from optfn.optimizers.momo import (
     scale_by_momo_adam,
     scale_by_polyak,
 )
-from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
+from optfn.optimizers.muon import MuonDimensionNumbers, MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
 from optfn.optimizers.noisy_sgd import noisy_sgd
 from optfn.optimizers.novograd import NovogradSlots, novograd, scale_by_novograd
@@ -227,6 +227,7 @@ __all__ = [
     "MomoShared",
     "MomoSlots",
     "MonitorState",
+    "MuonDimensionNumbers",
     "MuonSlots",
     "NAdamSlots",
     "NovogradSlots",

@@ -337,15 +337,50 @@ ROWS = [
     Row("scale_by_relative_step", optfn.scale_by_relative_step),
     Row(
         "scale_by_muon",
-        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, mu_dtype=torch.float64, ns_dtype=None)),
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, mu_dtype=torch.float64)),
         0.9,
         wide={"mu": torch.float64},
         but={"complex": NO_COMPLEX},
     ),
     Row(
         "scale_by_muon.coeffs",
-        lambda h: matrices(optfn.scale_by_muon((2.0, h, 0.5), ns_dtype=None)),
+        lambda h: matrices(optfn.scale_by_muon((2.0, h, 0.5), 2)),
         -1.5,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.torchs",
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, bias_correction_mu=False, eps_floor=True)),
+        0.9,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.numbers",
+        lambda h: matrices(
+            optfn.scale_by_muon(
+                ((2.0, -1.5, 0.5), (1.5, h, 0.0)),
+                adaptive=True,
+                preconditioning="aol",
+                weight_dimension_numbers=lambda path, p: optfn.MuonDimensionNumbers(-1, 0),
+            )
+        ),
+        -0.5,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.spectral",
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, eps=h, nesterov=False, preconditioning="spectral")),
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.schatten",
+        lambda h: matrices(optfn.scale_by_muon((2.0, -1.5, 0.5), 2, h, preconditioning="schatten")),
+        0.9,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_shape.rms",
+        lambda h: matrices(optfn.scale_by_shape(weight_dimension_numbers=optfn.MuonDimensionNumbers(), consistent_rms=h)),
         but={"complex": NO_COMPLEX},
     ),
     Row("scale_by_shape", lambda: matrices(optfn.scale_by_shape()), None, but={"complex": NO_COMPLEX, "vmap_lr": NO_NUMBER}),
