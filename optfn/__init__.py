@@ -51,7 +51,7 @@ from optfn.optimizers.dog import (
     scale_by_dowg,
 )
 from optfn.optimizers.dpsgd import DifferentiallyPrivateAggregateState, differentially_private_aggregate, dpsgd
-from optfn.optimizers.lbfgs import LbfgsState, lbfgs
+from optfn.optimizers.lbfgs import LbfgsState, ScaleByLBFGSState, lbfgs, scale_by_lbfgs
 from optfn.optimizers.lion import LionSlots, lion, scale_by_lion
 from optfn.optimizers.madgrad import MadgradSlots, madgrad, scale_by_madgrad
 from optfn.optimizers.momo import (
@@ -241,6 +241,7 @@ __all__ = [
     "RmsSlots",
     "RpropSlots",
     "SAMState",
+    "ScaleByLBFGSState",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
@@ -377,6 +378,7 @@ __all__ = [
     "scale_by_dog",
     "scale_by_dowg",
     "scale_by_factored_rms",
+    "scale_by_lbfgs",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_madgrad",

@@ -662,6 +662,7 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     ),
     "sparse_adam": _call("sparse_adam", _rate, _betas, _eps, _max),
     "lbfgs": _call("lbfgs", _rate, lambda d: f"history_size={d.one(1, 2, 5)}"),
+    "scale_by_lbfgs": _call("scale_by_lbfgs", lambda d: f"memory_size={d.one(1, 2, 5)}", _choice("scale_init_precond", False)),
     "scale_by_adadelta": _call("scale_by_adadelta", _of("rho", 0.5, 0.99), _eps),
     "scale_by_adamax": _call("scale_by_adamax", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
     "scale_by_nadam": _call("scale_by_nadam", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),

@@ -159,6 +159,13 @@ ONE_VECTOR = {
     "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
 }
 
+PAIRS = {
+    "none": Declared(
+        "a leaf that sits the step out did not move; sums with its zeros round otherwise", AssertionError, "not equal"
+    ),
+    "scalar_leaf": Declared("what is kept of a leaf has one dimension more", AssertionError, r"Size\(\[.\]\) == \(\)"),
+}
+
 
 def of_two_examples(tx: GradientTransformation) -> GradientTransformation:
     """For what takes gradients of examples: one of them is the gradient, the other a tenth of it."""
@@ -473,6 +480,18 @@ ROWS = [
         },
     ),
     Row("ema", optfn.ema, 0.9),
+    Row(
+        "scale_by_lbfgs",
+        lambda h: optfn.chain(optfn.scale_by_lbfgs(2), optfn.scale(h)),
+        -0.1,
+        but=PAIRS,
+    ),
+    Row(
+        "scale_by_lbfgs.unscaled",
+        lambda: optfn.scale_by_lbfgs(3, False),
+        None,
+        but={"vmap_lr": NO_NUMBER, **PAIRS},
+    ),
     Row("ema.raw", lambda h: optfn.ema(h, False, torch.float64), 0.9, wide={"ema": torch.float64}),
     Row("apply_every", lambda h: optfn.chain(optfn.scale(h), optfn.apply_every(2)), 0.7, steps=4),
     Row("scale_by_trust_ratio", lambda h: optfn.scale_by_trust_ratio(trust_coefficient=h)),
