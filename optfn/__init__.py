@@ -51,7 +51,7 @@ from optfn.optimizers.dog import (
     scale_by_dowg,
 )
 from optfn.optimizers.dpsgd import DifferentiallyPrivateAggregateState, differentially_private_aggregate, dpsgd
-from optfn.optimizers.lbfgs import LbfgsState, lbfgs
+from optfn.optimizers.lbfgs import LbfgsState, ScaleByLBFGSState, lbfgs, scale_by_lbfgs
 from optfn.optimizers.lion import LionSlots, lion, scale_by_lion
 from optfn.optimizers.madgrad import MadgradSlots, madgrad, scale_by_madgrad
 from optfn.optimizers.momo import (
@@ -66,7 +66,7 @@ from optfn.optimizers.momo import (
     scale_by_momo_adam,
     scale_by_polyak,
 )
-from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
+from optfn.optimizers.muon import MuonDimensionNumbers, MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
 from optfn.optimizers.noisy_sgd import noisy_sgd
 from optfn.optimizers.novograd import NovogradSlots, novograd, scale_by_novograd
@@ -236,6 +236,7 @@ __all__ = [
     "MomoShared",
     "MomoSlots",
     "MonitorState",
+    "MuonDimensionNumbers",
     "MuonSlots",
     "NAdamSlots",
     "NovogradSlots",
@@ -249,6 +250,7 @@ __all__ = [
     "RmsSlots",
     "RpropSlots",
     "SAMState",
+    "ScaleByLBFGSState",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
     "Schedule",
@@ -388,6 +390,7 @@ __all__ = [
     "scale_by_dog",
     "scale_by_dowg",
     "scale_by_factored_rms",
+    "scale_by_lbfgs",
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_madgrad",

@@ -322,11 +322,11 @@ def stateless_with_tree_map(
     def begin(leaves: Leaves, state: Any) -> Sweep:
         lift.require_params(leaves)
 
-        def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
+        def each(i: int, g: Tensor, p: Tensor | None, shared: tuple[Any, ...] = ()) -> Tensor:
             values, rebuild = lift.values(leaves, i, g, p)
             dtype = _real_dtype(values, p)
             try:
-                direction = _narrowed(f(_widened(values, dtype), _widened(p, dtype)), values)
+                direction = _narrowed(f(_widened(values, dtype), _widened(p, dtype), *shared), values)
             except RuntimeError as error:
                 _explain(error, f, leaves, i, ())
                 raise

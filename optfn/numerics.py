@@ -286,15 +286,17 @@ def ravel(tensors: list[Tensor | None], dtype: torch.dtype | None = None) -> Ten
 def unravel(vector: Tensor, likes: list[Tensor | None]) -> list[Tensor | None]:
     """The inverse of :func:`ravel`: tensors like these, that share no memory with the vector.
 
+    Dimensions of the vector before its last one stay in front of those of the tensors.
+
     Example:
         >>> unravel(torch.tensor([1.0, 2.0, 3.0]), [torch.tensor(1.0), None, torch.tensor([2 + 3j])])
         [tensor(1.), None, tensor([2.+3.j])]
     """
     views = [None if x is None else as_real(x) for x in likes]
-    parts = iter(vector.split([x.numel() for x in views if x is not None]))
+    parts = iter(vector.split([x.numel() for x in views if x is not None], dim=-1))
 
     def part(like: Tensor, view: Tensor) -> Tensor:
-        x = next(parts).to(view.dtype, copy=True).reshape(view.shape)
+        x = next(parts).to(view.dtype, copy=True).reshape(vector.shape[:-1] + view.shape)
         return as_complex(x) if like.is_complex() else x
 
     return [None if x is None or view is None else part(x, view) for x, view in zip(likes, views, strict=True)]

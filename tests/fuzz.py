@@ -601,6 +601,10 @@ _eps, _decay, _max = _of("eps", 1e-3, 0.1), _of("weight_decay", 0, 0.5), _choice
 _matrices = "optfn.masked({}, lambda path, p: p.ndim == 2 and p.numel() > 0)"
 
 
+def _numbers(d: Draw) -> str:
+    return f"weight_dimension_numbers=optfn.MuonDimensionNumbers({d.one('0, 1', '-1, 0')})"
+
+
 def _on_matrices(draw: Callable[[Draw, int], Args]) -> Callable[[Draw, int], Args]:
     def masked(d: Draw, depth: int) -> Args:
         text, inner = draw(d, depth)
@@ -658,6 +662,7 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     ),
     "sparse_adam": _call("sparse_adam", _rate, _betas, _eps, _max),
     "lbfgs": _call("lbfgs", _rate, lambda d: f"history_size={d.one(1, 2, 5)}"),
+    "scale_by_lbfgs": _call("scale_by_lbfgs", lambda d: f"memory_size={d.one(1, 2, 5)}", _choice("scale_init_precond", False)),
     "scale_by_adadelta": _call("scale_by_adadelta", _of("rho", 0.5, 0.99), _eps),
     "scale_by_adamax": _call("scale_by_adamax", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
     "scale_by_nadam": _call("scale_by_nadam", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
@@ -668,9 +673,16 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "scale_by_param_block_rms": _call("scale_by_param_block_rms", _of("min_scale", 0.001, 1)),
     "scale_by_relative_step": _call("scale_by_relative_step", _of("learning_rate", 0.001, 0.5)),
     "scale_by_muon": _on_matrices(
-        _call("scale_by_muon", lambda d: f"ns_steps={d.one(1, 2, 5)}", _of("beta", 0.5, 0.95), _dtype("mu_dtype"))
+        _call(
+            "scale_by_muon",
+            *(lambda d: f"ns_steps={d.one(1, 2, 5)}", _of("beta", 0.5, 0.95), _dtype("mu_dtype"), _choice("nesterov", False)),
+            *(_choice("adaptive", True), _choice("preconditioning", "aol", "schatten"), _choice("bias_correction_mu", False)),
+            *(_choice("eps_floor", True), _numbers),
+        )
     ),
-    "scale_by_shape": _on_matrices(_call("scale_by_shape", _choice("adjust_lr_fn", "original", "match_rms_adamw"))),
+    "scale_by_shape": _on_matrices(
+        _call("scale_by_shape", _choice("adjust_lr_fn", None, "match_rms_adamw"), _of("consistent_rms", 0.1, 1), _numbers)
+    ),
     "scale_by_adam": _call(
         "scale_by_adam",
         *(_of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps, _of("eps_root", 0, 0.01), _dtype("mu_dtype"), _dtype("nu_dtype")),

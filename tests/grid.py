@@ -159,6 +159,13 @@ ONE_VECTOR = {
     "none": Declared("a None gradient counts as zeros, as in torch; sums with them round otherwise", AssertionError, "not equal")
 }
 
+PAIRS = {
+    "none": Declared(
+        "a leaf that sits the step out did not move; sums with its zeros round otherwise", AssertionError, "not equal"
+    ),
+    "scalar_leaf": Declared("what is kept of a leaf has one dimension more", AssertionError, r"Size\(\[.\]\) == \(\)"),
+}
+
 
 def of_two_examples(tx: GradientTransformation) -> GradientTransformation:
     """For what takes gradients of examples: one of them is the gradient, the other a tenth of it."""
@@ -337,15 +344,50 @@ ROWS = [
     Row("scale_by_relative_step", optfn.scale_by_relative_step),
     Row(
         "scale_by_muon",
-        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, mu_dtype=torch.float64, ns_dtype=None)),
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, mu_dtype=torch.float64)),
         0.9,
         wide={"mu": torch.float64},
         but={"complex": NO_COMPLEX},
     ),
     Row(
         "scale_by_muon.coeffs",
-        lambda h: matrices(optfn.scale_by_muon((2.0, h, 0.5), ns_dtype=None)),
+        lambda h: matrices(optfn.scale_by_muon((2.0, h, 0.5), 2)),
         -1.5,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.torchs",
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, beta=h, bias_correction_mu=False, eps_floor=True)),
+        0.9,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.numbers",
+        lambda h: matrices(
+            optfn.scale_by_muon(
+                ((2.0, -1.5, 0.5), (1.5, h, 0.0)),
+                adaptive=True,
+                preconditioning="aol",
+                weight_dimension_numbers=lambda path, p: optfn.MuonDimensionNumbers(-1, 0),
+            )
+        ),
+        -0.5,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.spectral",
+        lambda h: matrices(optfn.scale_by_muon(ns_steps=2, eps=h, nesterov=False, preconditioning="spectral")),
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_muon.schatten",
+        lambda h: matrices(optfn.scale_by_muon((2.0, -1.5, 0.5), 2, h, preconditioning="schatten")),
+        0.9,
+        but={"complex": NO_COMPLEX},
+    ),
+    Row(
+        "scale_by_shape.rms",
+        lambda h: matrices(optfn.scale_by_shape(weight_dimension_numbers=optfn.MuonDimensionNumbers(), consistent_rms=h)),
         but={"complex": NO_COMPLEX},
     ),
     Row("scale_by_shape", lambda: matrices(optfn.scale_by_shape()), None, but={"complex": NO_COMPLEX, "vmap_lr": NO_NUMBER}),
@@ -438,6 +480,18 @@ ROWS = [
         },
     ),
     Row("ema", optfn.ema, 0.9),
+    Row(
+        "scale_by_lbfgs",
+        lambda h: optfn.chain(optfn.scale_by_lbfgs(2), optfn.scale(h)),
+        -0.1,
+        but=PAIRS,
+    ),
+    Row(
+        "scale_by_lbfgs.unscaled",
+        lambda: optfn.scale_by_lbfgs(3, False),
+        None,
+        but={"vmap_lr": NO_NUMBER, **PAIRS},
+    ),
     Row("ema.raw", lambda h: optfn.ema(h, False, torch.float64), 0.9, wide={"ema": torch.float64}),
     Row("apply_every", lambda h: optfn.chain(optfn.scale(h), optfn.apply_every(2)), 0.7, steps=4),
     Row("scale_by_trust_ratio", lambda h: optfn.scale_by_trust_ratio(trust_coefficient=h)),

@@ -41,7 +41,7 @@ def test_muon_with_coefficients_that_converge_is_the_polar_factor(shape: tuple[i
     """The nearest matrix with orthonormal rows or columns, from the singular value decomposition."""
     g = shaped({"w": shape}).gradients[3]["w"]
     assert g is not None
-    tx = optfn.scale_by_muon((1.5, -0.5, 0.0), 60, beta=0.0, ns_dtype=None)
+    tx = optfn.scale_by_muon((1.5, -0.5, 0.0), 60, beta=0.0)
     u, _, v = torch.linalg.svd(g, full_matrices=False)
     assert_close(tx.update(g, tx.init(g))[0], u @ v, 1e-12)
 

@@ -1,4 +1,4 @@
-"""L-BFGS, with a fixed step or a strong-Wolfe line search."""
+"""L-BFGS: torch's, with a fixed step or a strong-Wolfe line search, and Optax's, which is a direction alone."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from optfn import tree
 from optfn.checks import alias, check_state, number, require, scalar_or_schedule
 from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
-from optfn.numerics import Scalar, ravel, unravel
+from optfn.numerics import Scalar, as_real, norm, ratio, ravel, unravel
 from optfn.schedules import ScalarOrSchedule, as_time
 
-__all__ = ["LbfgsState", "lbfgs"]
+__all__ = ["LbfgsState", "ScaleByLBFGSState", "lbfgs", "scale_by_lbfgs"]
 
 CURVATURE = 1e-10  # torch keeps a pair whose y's is above this
 MAX_LS = 25  # and its line search evaluates this often
@@ -225,7 +225,135 @@ def lbfgs(
     return transformation(init, update)
 
 
-def _direction(g: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Tensor, pairs: Tensor) -> Tensor:
+class ScaleByLBFGSState(NamedTuple):
+    r"""The state of :func:`scale_by_lbfgs`, whose trees have the structure and the dtypes of the parameters.
+
+    Attributes:
+        count: updates so far, a 0-dim int64 tensor.
+        params: the parameters at the last update.
+        updates: what the last update was handed, the gradients.
+        diff_params_memory: the last m steps, those of each leaf stacked in a first dimension of m, the newest in row
+            ``(count - 1) % m``; zeros where there is none yet.
+        diff_updates_memory: the changes of the gradients over them, as ``diff_params_memory``.
+        weights_memory: :math:`1 / y_i^\top s_i` of each pair, m entries, of the widest real dtype of the parameters, float32 at
+            least; 0 where there is none yet.
+    """
+
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    params: Any
+    updates: Any
+    diff_params_memory: Any
+    diff_updates_memory: Any
+    weights_memory: Tensor
+
+
+def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> GradientTransformation:
+    r"""Multiply gradients by the approximation of the inverse Hessian that L-BFGS makes of the last steps.
+
+    With :math:`s_i` the last :math:`m` changes of the parameters and :math:`y_i` those of the gradients, oldest first,
+
+    .. math::
+        &u = g_k; \quad \text{newest to oldest:} \quad
+            \alpha_i = s_i^\top u / y_i^\top s_i, \quad u \leftarrow u - \alpha_i y_i \\
+        &u \leftarrow \gamma_k u; \quad \text{oldest to newest:} \quad
+            u \leftarrow u + s_i (\alpha_i - y_i^\top u / y_i^\top s_i) \\
+        &\gamma_k = y_{k-1}^\top s_{k-1} / y_{k-1}^\top y_{k-1}, \qquad \gamma_0 = \min(1, 1 / \|g_0\|_2)
+
+    The pairs are what the parameters and the gradients have changed by since the last update, so links of a chain after this one
+    may change the step. A line search should: :func:`scale_by_zoom_linesearch` makes :math:`y^\top s > 0`, without which this is
+    no direction of descent. Pairs are kept whatever their sign, but not where :math:`y^\top s = 0`.
+
+    Optax's ``lbfgs`` is ``chain(scale_by_lbfgs(), scale(-1.0), scale_by_zoom_linesearch(20, initial_guess_strategy="one"))``;
+    :func:`lbfgs` is torch's.
+
+    Args:
+        memory_size: :math:`m \ge 1`. The state has :math:`2 m + 2` times the size of the parameters.
+        scale_init_precond: False takes :math:`\gamma_k = 1`, :math:`\gamma_0` too.
+
+    All leaves are one vector, on one device, a complex entry as its real and imaginary part. A leaf whose update is None counts
+    as one that did not move. A step differentiates also through :math:`\gamma_0`, which is a constant to Optax.
+
+    Raises:
+        TypeError: from ``init`` and ``update``: a leaf that is no floating-point tensor; ``params`` is missing.
+        ValueError: ``memory_size`` is less than 1; from ``update``: another structure or shape than that of the params or of the
+            state, leaves on several devices.
+
+    Reference:
+        Nocedal and Wright, Numerical Optimization, 2nd edition, 2006, algorithms 7.4 and 7.5; Liu and Nocedal, `On the limited
+        memory BFGS method for large scale optimization <https://doi.org/10.1007/BF01589116>`_, 1989.
+
+    Example:
+        >>> tx, params = optfn.chain(scale_by_lbfgs(), optfn.scale(-1.0)), {"w": torch.tensor([1.0, -1.0])}
+        >>> state = tx.init(params)
+        >>> for _ in range(10):
+        ...     grads = {"w": torch.tensor([2.0, 0.5]) * params["w"]}
+        ...     updates, state = tx.update(grads, state, params)
+        ...     params = optfn.apply_updates(params, updates)
+        >>> params["w"].abs().max() < 1e-4
+        tensor(True)
+    """
+    if memory_size < 1:
+        raise ValueError(f"memory_size must be >= 1, got {memory_size}")
+    # Rules that do nothing: what the lift checks of params and gradients is checked of these.
+    params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots))
+    grads_checked = stateless_with_tree_map(lambda g, p: g, elementwise=False, needs_params=True)
+
+    def init(params: Any) -> ScaleByLBFGSState:
+        params_checked.init(params)
+        like = _ravel(tree.leaves(params), owner="scale_by_lbfgs")
+        zeros = [tree.map(lambda p: torch.zeros_like(p.detach()), params) for _ in range(2)]
+        memory = [tree.map(lambda p: p.detach().new_zeros(memory_size, *p.shape), params) for _ in range(2)]
+        return ScaleByLBFGSState._make((tree.new_count(params), *zeros, *memory, like.new_zeros(memory_size)))
+
+    def update(updates: Any, state: ScaleByLBFGSState, params: Any = None, **extra: Any) -> tuple[Any, ScaleByLBFGSState]:
+        check_state("scale_by_lbfgs", state, ScaleByLBFGSState)
+        grads, spec = tree.flatten(grads_checked.update(updates, (), params)[0])
+        if all(g is None for g in grads):
+            return updates, state
+        kept = zip(state._fields[1:5], state[1:5], strict=True)
+        owners, before, last, *memory = (tree.match(spec, x, name, "updates") for name, x in (("params", params), *kept))
+        here = [i for i, p in enumerate(owners) if p is not None]
+        for i in here:
+            if before[i] is None or before[i].shape != owners[i].shape:
+                path, shape = tree.paths(params)[i], tuple(owners[i].shape)
+                raise ValueError(f"scale_by_lbfgs: {path!r} has shape {shape}, and had another when the state was made")
+
+        def vector(leaf: Callable[[int], Tensor]) -> Tensor:
+            """All leaves, zeros for one whose update is None."""
+            leaves = [torch.zeros_like(owners[i]) if grads[i] is None else leaf(i) for i in here]
+            return _ravel(leaves, dtype=state.weights_memory.dtype, owner="scale_by_lbfgs")
+
+        # The last step becomes a pair, in place of the oldest one.
+        g = vector(lambda i: grads[i])
+        s, y = vector(lambda i: owners[i]) - vector(lambda i: before[i]), g - vector(lambda i: last[i])
+        ys, yy, begun = y.dot(s), y.dot(y), state.count > 0
+        newest = begun & (torch.arange(memory_size, device=g.device) == (state.count - 1) % memory_size)
+        weights = torch.where(newest, ratio(torch.ones_like(ys), ys), state.weights_memory)
+        rows = [torch.cat([as_real(x[i]).to(g.dtype).unsqueeze(-1).flatten(1) for i in here], 1) for x in memory]
+        s_all, y_all = (
+            torch.where(newest[:, None], torch.where(ys == 0, 0, new), old) for new, old in zip((s, y), rows, strict=True)
+        )
+
+        # A pair that is not there is zeros, with a product of 1.
+        products = s_all @ y_all.mT + torch.diag_embed((weights == 0).to(g.dtype))
+        scaled = torch.where(begun, torch.where(yy > 0, ratio(ys, yy), 1), 1 / norm(g).clamp_min(1))
+        d = -_direction(g, s_all, y_all, products, scaled if scale_init_precond else 1, state.count)
+
+        likes = [p if x is None else x for x, p in zip(grads, owners, strict=True)]
+        directions = [None if x is None else u for x, u in zip(grads, unravel(d, likes), strict=True)]
+        now = [
+            [b if x is None else a.to(b.dtype, copy=True) for x, a, b in zip(grads, new, old, strict=True)]
+            for new, old in ((owners, before), (grads, last))
+        ]
+        memory = [unravel(x, before) for x in (s_all, y_all)]
+        trees = [tree.unflatten(spec, x) for x in (*now, *memory)]
+        new = ScaleByLBFGSState._make((state.count + 1, *trees, weights))
+        return tree.unflatten(spec, directions), new
+
+    return transformation(init, update)
+
+
+def _direction(g: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Any, pairs: Tensor) -> Tensor:
     """The two loops. A pair that is not there yet is zeros, with a product of 1, and adds nothing.
 
     R is the upper triangle of the products, oldest pair first. The first loop is R a = -S g, the second, with b its quotients
@@ -304,11 +432,11 @@ def _cubic(a: _Point, b: _Point, bounds: tuple[float, float]) -> float:
     return (bounds[0] + bounds[1]) / 2
 
 
-def _ravel(tensors: list[Any], like: Tensor | None = None) -> Tensor:
+def _ravel(tensors: list[Any], like: Tensor | None = None, *, dtype: torch.dtype | None = None, owner: str = "lbfgs") -> Tensor:
     """All entries of the tensors that there are, as one vector, with the dtype and the length of ``like`` if it is given."""
     if len(devices := {x.device for x in tensors if x is not None}) > 1:
-        raise ValueError(f"lbfgs: the leaves must be on one device, got {', '.join(sorted(map(str, devices)))}")
-    vector = ravel(tensors, None if like is None else like.dtype)
+        raise ValueError(f"{owner}: the leaves must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    vector = ravel(tensors, dtype if like is None else like.dtype)
     if like is not None and vector.shape != like.shape:
         raise ValueError(
             f"lbfgs: the updates have {len(vector)} entries, the state is of {len(like)}; where some are None pass the params too"

@@ -1,114 +1,207 @@
 """Muon: momentum of matrices, made orthogonal."""
 
+import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from optfn import tree
 from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
-from optfn.leafwise import leafwise, stateless_with_tree_map
-from optfn.numerics import Scalar, lerp, norm
+from optfn.leafwise import Leaves, Sweep, begin_of, leafwise, lifted, stateless_with_tree_map
+from optfn.numerics import Scalar, bias_correction, compute_dtype, lerp
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 
-__all__ = ["MuonSlots", "muon", "scale_by_muon", "scale_by_shape"]
+__all__ = ["MuonDimensionNumbers", "MuonSlots", "muon", "scale_by_muon", "scale_by_shape"]
 
 Triple: TypeAlias = tuple[Scalar, Scalar, Scalar]
 Adjust: TypeAlias = Literal["original", "match_rms_adamw"]
+Preconditioning: TypeAlias = Literal["frobenius", "spectral", "aol", "schatten"]
 
 
 class MuonSlots(NamedTuple):
-    """Slots of :func:`scale_by_muon` for one matrix: ``mu``, the average of its gradient, with its shape."""
+    """Slots of :func:`scale_by_muon` for one tensor: ``mu``, the average of its gradient, with its shape."""
 
     mu: Tensor
 
 
+class MuonDimensionNumbers(NamedTuple):
+    """Which dimensions of a tensor are the rows of its matrices, and which are the columns.
+
+    Several are taken together as one. What is neither numbers the matrices, each of which is made orthogonal by itself.
+
+    The defaults are Optax's, whose layers have the output last; torch's have it first. What is made orthogonal does not depend
+    on which of the two are rows; the factor of :func:`scale_by_shape` does, and the ``"aol"`` scaling of square matrices.
+
+    Attributes:
+        reduction_axis: the dimension or dimensions that a layer sums over, the rows.
+        output_axis: the dimension or dimensions of what it answers, the columns.
+
+    Example:
+        >>> kernels = torch.ones(8, 3, 5, 5)  # of 3 x 5 x 5 inputs, for 8 outputs
+        >>> tx = scale_by_muon(weight_dimension_numbers=MuonDimensionNumbers((1, 2, 3), 0))
+        >>> tx.update(kernels, tx.init(kernels))[0].shape
+        torch.Size([8, 3, 5, 5])
+    """
+
+    reduction_axis: int | tuple[int, ...] = 0
+    output_axis: int | tuple[int, ...] = 1
+
+
+_ROWS_FIRST = MuonDimensionNumbers()
+_AS_IN_TORCH = MuonDimensionNumbers(1, 0)
+
+
 def scale_by_muon(
-    ns_coeffs: Triple = (3.4445, -4.775, 2.0315),
+    ns_coeffs: Triple | tuple[Triple, ...] = (3.4445, -4.775, 2.0315),
     ns_steps: int = 5,
     beta: Scalar = 0.95,
-    eps: Scalar = 1e-7,
+    eps: Scalar = 1e-8,
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = True,
-    ns_dtype: torch.dtype | None = torch.bfloat16,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
+    weight_dimension_numbers: Any = None,
+    bias_correction_mu: bool = True,
+    eps_floor: bool = False,
+    ns_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
     r"""Replace updates, which are matrices, by a near-orthogonal matrix close to their average.
 
     .. math::
-        \mu_t &= \beta \mu_{t-1} + (1 - \beta)\, g_t, \qquad
-        \tilde\mu_t = \begin{cases} \beta \mu_t + (1 - \beta)\, g_t & \text{nesterov} \\ \mu_t & \text{else} \end{cases}, \qquad
-        X_0 = \tilde\mu_t / \max(\|\tilde\mu_t\|_F, \epsilon), \\
+        \mu_t &= \beta \mu_{t-1} + (1 - \beta)\, g_t, \\
+        \hat\mu_t &= \begin{cases} \beta \mu_t / (1 - \beta^{t+1}) + (1 - \beta)\, g_t / (1 - \beta^t) & \text{nesterov} \\
+            \mu_t / (1 - \beta^t) & \text{else} \end{cases}, \qquad
+        X_0 = \hat\mu_t / (\|\hat\mu_t\|_F + \epsilon), \\
         X_k &= a X_{k-1} + (b A_k + c A_k^2) X_{k-1}, \qquad A_k = X_{k-1} X_{k-1}^\top, \qquad u_t = X_K
 
     where a matrix with more rows than columns is transposed for the iteration.
 
     Args:
-        ns_coeffs: :math:`(a, b, c)` of the Newton-Schulz iteration. The default ones make singular values large fast, not
-            exactly 1: after 5 steps those that were not tiny are between about 0.7 and 1.2.
-        ns_steps: :math:`K`, from 0 to 99.
-        beta: :math:`\beta \ge 0`, decay of the average, below 1 for one that stays bounded.
+        ns_coeffs: :math:`(a, b, c)` of the Newton-Schulz iteration, or such a triple for each step. The default ones make
+            singular values large fast, not exactly 1: after 5 steps those that were not tiny are between about 0.7 and 1.2.
+        ns_steps: :math:`K`, from 0 to 99; where there is a triple for each step, their number is.
+        beta: :math:`\beta \ge 0`, decay of the average, below 1; without bias correction it may be more.
         eps: :math:`\epsilon \ge 0`, in the units of the gradient.
         mu_dtype: dtype of the average; the parameter's if None.
         nesterov: whether to look one step ahead.
-        ns_dtype: dtype of the iteration; None takes that of the leaf, float32 at least.
+        adaptive: multiply by the dual norm :math:`\langle \hat\mu_t, X_K \rangle`, summed over all entries of the tensor.
+        preconditioning: what :math:`\hat\mu_t` is divided by, so that no singular value is above 1:
+
+            - ``"frobenius"``: as above;
+            - ``"spectral"``: the largest singular value plus :math:`\epsilon`, which takes a decomposition;
+            - ``"aol"``: in row i the root of :math:`\max(\sum_j |\hat\mu_t \hat\mu_t^\top|_{ij}, \epsilon)`;
+            - ``"schatten"``: the root of :math:`\max(\|\hat\mu_t \hat\mu_t^\top\|_F, \epsilon)`.
+        weight_dimension_numbers: for tensors that are no matrices: :class:`MuonDimensionNumbers` for all of them, a tree of such,
+            or a function ``(path, leaf)`` that gives them. With None all must be matrices.
+        bias_correction_mu: False is torch's form, where :math:`\hat\mu_t` is :math:`\beta \mu_t + (1 - \beta)\, g_t`, or
+            :math:`\mu_t`.
+        eps_floor: True is torch's form, which divides by :math:`\max(\|\hat\mu_t\|, \epsilon)`.
+        ns_dtype: dtype of the iteration, bfloat16 in torch; None takes that of the leaf, float32 at least.
+
+    Optax has no ``"aol"`` and ``"schatten"`` with another :math:`\epsilon` than 1e-8; without ``weight_dimension_numbers`` it takes
+    a bare matrix only; and it refuses more triples than ``ns_steps``, but takes fewer.
 
     Raises:
         TypeError: from ``init`` and ``update``: a tensor is complex.
-        ValueError: from ``init``: a tensor is no matrix; an argument out of range.
+        ValueError: from ``init``: a tensor is no matrix, or has no such dimensions; an argument out of range.
 
     Reference:
-        Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024, in the form of :class:`torch.optim.Muon`.
+        Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Bernstein and Newhouse, `Old Optimizer, New
+        Norm <https://arxiv.org/abs/2409.20325>`_, 2024 (dual norm); Boissin et al., `Turbo-Muon
+        <https://arxiv.org/abs/2512.04632>`_, 2025 (aol); Grishina et al., `Accelerating Newton-Schulz Iteration
+        <https://arxiv.org/abs/2506.10935>`_, 2025 (schatten).
 
     Example:
-        >>> tx = scale_by_muon((2.0, -1.5, 0.5), 20, ns_dtype=None)  # coefficients that converge to singular values of 1
+        >>> tx = scale_by_muon((2.0, -1.5, 0.5), 20)  # coefficients that converge to singular values of 1
         >>> tx.update(torch.tensor([[5.0, 0.0], [0.0, -2.0]]), tx.init(torch.zeros(2, 2)))[0]
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
-    if len(ns_coeffs) != 3 or not 0 <= ns_steps < 100:
+    each_step = len(ns_coeffs) > 0 and isinstance(ns_coeffs[0], tuple | list)
+    triples: Any = ns_coeffs if each_step else [ns_coeffs]
+    if not 0 <= ns_steps < 100 or any(len(triple) != 3 for triple in triples):
         raise ValueError(f"ns_coeffs must be 3 numbers and ns_steps >= 0 and < 100, got {ns_coeffs} and {ns_steps}")
-    a, b, c = (number(f"ns_coeffs[{i}]", x) for i, x in enumerate(ns_coeffs))
-    beta, eps = number("momentum", beta, at_least=0), number("eps", eps, at_least=0)
+    triples = [[number(f"ns_coeffs[{i}]", x) for i, x in enumerate(triple)] for triple in triples]
+    triples = triples if each_step else triples * ns_steps
+    beta = number("beta", beta, at_least=0, below=1 if bias_correction_mu else None)
+    eps = number("eps", eps, at_least=0)
+    if preconditioning not in ("frobenius", "spectral", "aol", "schatten"):
+        raise ValueError(f"preconditioning must be 'frobenius', 'spectral', 'aol' or 'schatten', got {preconditioning!r}")
 
     def init(p: Tensor) -> MuonSlots:
-        _check_matrix(p)
+        if weight_dimension_numbers is None:
+            _check_matrix(p)
         return MuonSlots(torch.zeros_like(p, dtype=mu_dtype))
 
-    def update(g: Tensor, slots: MuonSlots, p: Any, step: Tensor) -> tuple[Tensor, MuonSlots]:
+    def at_step(step: Tensor) -> tuple[Any, Any]:
+        now = bias_correction(beta, step)
+        return now, bias_correction(beta, step + 1) if nesterov else now
+
+    def update(
+        g: Tensor, slots: MuonSlots, p: Any, step: Any, numbers: MuonDimensionNumbers = _ROWS_FIRST
+    ) -> tuple[Tensor, MuonSlots]:
         mu = lerp(slots.mu, g, 1 - beta)
-        x = (lerp(g, mu, beta) if nesterov else mu).to(ns_dtype or g.dtype)
-        tall = g.shape[0] > g.shape[1]
+        g_hat, mu_hat = (g / step[0], mu / step[1]) if bias_correction_mu else (g, mu)
+        average = lerp(g_hat, mu_hat, beta) if nesterov else mu_hat
+        x = _matrices(average, numbers).to(ns_dtype or g.dtype)
+        tall = x.shape[-2] > x.shape[-1]
         x = x.mT if tall else x
-        x = x / norm(x).clamp_min(eps).to(x.dtype)
-        for _ in range(ns_steps):
+        x = x / _size(x, preconditioning, eps, eps_floor).to(x.dtype)
+        for a, b, c in triples:
             gram = x @ x.mT
             x = _mixed(a, x, 1, _mixed(b, gram, c, gram, gram), x)
-        return (x.mT if tall else x).to(g.dtype), MuonSlots(mu)
+        x = _tensor(x.mT if tall else x, g, numbers).to(g.dtype)
+        return (average * x).sum() * x if adaptive else x, MuonSlots(mu)
 
-    return leafwise(init, update, complex_="error")
+    corrections = at_step if bias_correction_mu else None
+    return _with_numbers(leafwise(init, update, at_step=corrections, complex_="error"), weight_dimension_numbers)
+
+
+def _size(x: Tensor, preconditioning: Preconditioning, eps: Scalar, eps_floor: bool) -> Tensor:
+    """What a matrix, or each row of it, is divided by before the iteration."""
+    wide = x.to(compute_dtype(x))
+    if preconditioning in ("aol", "schatten"):
+        gram = wide @ wide.mT
+        size = gram.abs().sum(-1, keepdim=True) if preconditioning == "aol" else _frobenius(gram)
+        return size.clamp_min(eps).sqrt()
+    spectral = preconditioning == "spectral" and x.numel() > 0  # an empty matrix has no singular values
+    size = torch.linalg.matrix_norm(wide, 2, keepdim=True) if spectral else _frobenius(wide)
+    return size.clamp_min(eps) if eps_floor else size + eps
+
+
+def _frobenius(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
 def _mixed(a: Scalar, x: Tensor, b: Scalar, y: Tensor, z: Tensor) -> Tensor:
     """``a x + b y z``: in one operation, which rounds once, where it takes the factors, which are numbers there."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a * x + b * (y @ z)
-    return torch.addmm(x, y, z, beta=a, alpha=b)
+    return torch.addmm(x, y, z, beta=a, alpha=b) if x.ndim == 2 else torch.baddbmm(x, y, z, beta=a, alpha=b)
 
 
-def scale_by_shape(adjust_lr_fn: Adjust | None = None) -> GradientTransformation:
+def scale_by_shape(
+    adjust_lr_fn: Adjust | None = None, *, weight_dimension_numbers: Any = None, consistent_rms: Scalar | None = None
+) -> GradientTransformation:
     r"""Scale matrices of :math:`n` rows and :math:`m` columns by their shape, so that one learning rate suits all.
 
     Args:
         adjust_lr_fn: ``"original"``, which None is too, for :math:`u \sqrt{\max(1, n/m)}`, or ``"match_rms_adamw"`` for
             :math:`0.2\, u \sqrt{\max(n, m)}`, with which the updates of :func:`scale_by_muon` are as large as AdamW's usually are.
+        weight_dimension_numbers: as in :func:`scale_by_muon`; :math:`n` is the number of outputs, :math:`m` that of inputs. With
+            None all are matrices in torch's layout, ``MuonDimensionNumbers(1, 0)``; Optax's is ``MuonDimensionNumbers()``.
+        consistent_rms: another number in place of 0.2.
 
     Raises:
         TypeError: from ``update``: a tensor is complex.
-        ValueError: another ``adjust_lr_fn``; from ``update``: a tensor is no matrix.
+        ValueError: another ``adjust_lr_fn``, or ``"original"`` with ``consistent_rms``; from ``update``: a tensor is no matrix, or
+            has no such dimensions.
 
     Reference:
         Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024; Liu et al., `Muon is Scalable for LLM Training
@@ -120,18 +213,79 @@ def scale_by_shape(adjust_lr_fn: Adjust | None = None) -> GradientTransformation
     """
     if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
         raise ValueError(f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw', got {adjust_lr_fn!r}")
+    if adjust_lr_fn == "original" and consistent_rms is not None:
+        raise ValueError("adjust_lr_fn='original' has no consistent_rms")
+    rms: Any = 0.2 if adjust_lr_fn == "match_rms_adamw" else None
+    rms = rms if consistent_rms is None else number("consistent_rms", consistent_rms, at_least=0)
 
-    def scaled(g: Tensor, p: Any) -> Tensor:
-        _check_matrix(g)
-        n, m = g.shape
-        return g * (0.2 * max(n, m) ** 0.5 if adjust_lr_fn == "match_rms_adamw" else max(1, n / max(m, 1)) ** 0.5)
+    def scaled(g: Tensor, p: Any, numbers: MuonDimensionNumbers = _AS_IN_TORCH) -> Tensor:
+        if weight_dimension_numbers is None:
+            _check_matrix(g)
+        m, n = _matrices(g, numbers).shape[-2:]
+        return g * (max(1, n / max(m, 1)) ** 0.5 if rms is None else rms * max(n, m) ** 0.5)
 
-    return stateless_with_tree_map(scaled, elementwise=False, complex_="error")
+    return _with_numbers(stateless_with_tree_map(scaled, elementwise=False, complex_="error"), weight_dimension_numbers)
 
 
 def _check_matrix(x: Tensor) -> None:
     if x.ndim != 2:
         raise ValueError(f"Muon takes matrices, got shape {tuple(x.shape)}: give other tensors to another one, optfn.partition")
+
+
+def _groups(shape: torch.Size, numbers: MuonDimensionNumbers) -> tuple[list[int], list[int], list[int]]:
+    """The dimensions that number the matrices, those of their rows, and those of their columns."""
+    axes = [(x,) if isinstance(x, int) else tuple(x) for x in (numbers.reduction_axis, numbers.output_axis)]
+    rows, columns = ([i + len(shape) if i < 0 else i for i in group] for group in axes)
+    both = {*rows, *columns}
+    if not rows or not columns or len(both) < len(rows) + len(columns) or not both <= {*range(len(shape))}:
+        raise ValueError(f"{tuple(numbers)} are no rows and columns of a tensor of shape {tuple(shape)}")
+    return [i for i in range(len(shape)) if i not in both], rows, columns
+
+
+def _matrices(x: Tensor, numbers: MuonDimensionNumbers) -> Tensor:
+    """A tensor as one matrix, or as a batch of them."""
+    batch, rows, columns = _groups(x.shape, numbers)
+    sizes = [math.prod([x.shape[i] for i in group]) for group in (batch, rows, columns)]
+    return x.permute(*batch, *rows, *columns).reshape(sizes if batch else sizes[1:])
+
+
+def _tensor(x: Tensor, like: Tensor, numbers: MuonDimensionNumbers) -> Tensor:
+    """The inverse of :func:`_matrices`."""
+    order = [i for group in _groups(like.shape, numbers) for i in group]
+    return x.reshape([like.shape[i] for i in order]).permute(sorted(range(like.ndim), key=order.__getitem__))
+
+
+def _with_numbers(tx: GradientTransformation, given: Any) -> GradientTransformation:
+    """A transformation that is lifted, of a rule that takes dimension numbers, with those of each leaf."""
+    if given is None:
+        return tx
+
+    def of_leaves(like: Any) -> list[Any]:
+        (leaves, spec), paths = tree.flatten(like), tree.paths(like)
+        found: list[Any]
+        if isinstance(given, MuonDimensionNumbers):
+            found = [given] * len(leaves)
+        elif callable(given):
+            found = [None if x is None else given(path, x) for path, x in zip(paths, leaves, strict=True)]
+        else:
+            found = tree.match(spec, given, "weight_dimension_numbers", "params")
+        for path, x, numbers in zip(paths, leaves, found, strict=True):
+            if x is not None and not isinstance(numbers, MuonDimensionNumbers):
+                kind = type(numbers).__name__
+                raise TypeError(f"weight_dimension_numbers: {path!r} must have MuonDimensionNumbers, got {kind}: optfn.partition")
+            _ = None if x is None else _groups(x.shape, numbers)
+        return found
+
+    def init(params: Any) -> Any:
+        of_leaves(params)
+        return tx.init(params)
+
+    def begin(leaves: Leaves, state: Any) -> Sweep:
+        numbers = of_leaves(leaves.updates if leaves.params is None else leaves.params)
+        each, end = begin_of(tx)(leaves, state)
+        return lambda i, g, p: each(i, g, p, shared=(numbers[i],)), end
+
+    return lifted(init, begin)
 
 
 @alias
@@ -184,6 +338,8 @@ def muon(
         >>> updates["w"].diagonal() < 0
         tensor([True, True])
     """
-    rule = scale_by_muon(ns_coefficients, ns_steps, momentum, eps, nesterov=nesterov, ns_dtype=ns_dtype)
+    torchs: Any = {"bias_correction_mu": False, "eps_floor": True, "ns_dtype": ns_dtype}
+    beta = number("momentum", momentum, at_least=0)
+    rule = scale_by_muon(ns_coefficients, ns_steps, beta, eps, nesterov=nesterov, **torchs)
     sized = chain(negate_if(maximize), rule, scale_by_shape(adjust_lr_fn))
     return chain(sized, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))
