@@ -19,6 +19,7 @@ from optfn.compose import (
 )
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import CoupledState, LeafwiseState, coupled, leafwise, stateless_with_tree_map
+from optfn.matrices import GaLoreDimensionNumbers, MuonDimensionNumbers
 from optfn.minimize import MinimizeResult, minimize
 from optfn.optimizers.acprop import AcpropSlots, acprop, scale_by_acprop
 from optfn.optimizers.adabelief import BeliefSlots, adabelief, scale_by_belief
@@ -51,6 +52,7 @@ from optfn.optimizers.dog import (
     scale_by_dowg,
 )
 from optfn.optimizers.dpsgd import DifferentiallyPrivateAggregateState, differentially_private_aggregate, dpsgd
+from optfn.optimizers.galore import GaLoreSlots, GaLoreState, galore, scale_by_galore
 from optfn.optimizers.lbfgs import LbfgsState, ScaleByLBFGSState, lbfgs, scale_by_lbfgs
 from optfn.optimizers.lion import LionSlots, lion, scale_by_lion
 from optfn.optimizers.madgrad import MadgradSlots, madgrad, scale_by_madgrad
@@ -66,7 +68,7 @@ from optfn.optimizers.momo import (
     scale_by_momo_adam,
     scale_by_polyak,
 )
-from optfn.optimizers.muon import MuonDimensionNumbers, MuonSlots, muon, scale_by_muon, scale_by_shape
+from optfn.optimizers.muon import MuonSlots, muon, scale_by_muon, scale_by_shape
 from optfn.optimizers.nadam import NAdamSlots, nadam, scale_by_nadam
 from optfn.optimizers.noisy_sgd import noisy_sgd
 from optfn.optimizers.novograd import NovogradSlots, novograd, scale_by_novograd
@@ -216,6 +218,9 @@ __all__ = [
     "EmaSlots",
     "EstimateShared",
     "FactoredSlots",
+    "GaLoreDimensionNumbers",
+    "GaLoreSlots",
+    "GaLoreState",
     "GradientTransformation",
     "HutchinsonState",
     "InjectHyperparamsState",
@@ -316,6 +321,7 @@ __all__ = [
     "flatten",
     "freeze",
     "fromage",
+    "galore",
     "hutchinson_estimator_diag_hessian",
     "identity",
     "incremental_update",
@@ -390,6 +396,7 @@ __all__ = [
     "scale_by_dog",
     "scale_by_dowg",
     "scale_by_factored_rms",
+    "scale_by_galore",
     "scale_by_lbfgs",
     "scale_by_learning_rate",
     "scale_by_lion",

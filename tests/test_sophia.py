@@ -12,7 +12,7 @@ from optax_oracle import assert_close, exact, from_jax, some_grads, some_params,
 import optfn
 from optfn import tree
 
-SHAPES = {"cube": (2, 3, 2), "matrix": (3, 2), "scalar": (), "vector": (5,)}  # JAX draws for sorted names
+SHAPES = {"cube": (2, 3, 2), "matrix": (3, 2), "scalar": (), "vector": (5,)}
 STEPS = 25
 SCHEDULE = (optfn.linear_schedule(0.1, 0.02, 20), exact(optax.linear_schedule(0.1, 0.02, 20)))
 SEED = 11

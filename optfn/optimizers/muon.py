@@ -1,22 +1,21 @@
 """Muon: momentum of matrices, made orthogonal."""
 
-import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from optfn import tree
 from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
-from optfn.leafwise import Leaves, Sweep, begin_of, leafwise, lifted, stateless_with_tree_map
+from optfn.leafwise import leafwise, stateless_with_tree_map
+from optfn.matrices import MuonDimensionNumbers, as_matrices, as_tensor, with_numbers
 from optfn.numerics import Scalar, bias_correction, compute_dtype, lerp
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 
-__all__ = ["MuonDimensionNumbers", "MuonSlots", "muon", "scale_by_muon", "scale_by_shape"]
+__all__ = ["MuonSlots", "muon", "scale_by_muon", "scale_by_shape"]
 
 Triple: TypeAlias = tuple[Scalar, Scalar, Scalar]
 Adjust: TypeAlias = Literal["original", "match_rms_adamw"]
@@ -27,29 +26,6 @@ class MuonSlots(NamedTuple):
     """Slots of :func:`scale_by_muon` for one tensor: ``mu``, the average of its gradient, with its shape."""
 
     mu: Tensor
-
-
-class MuonDimensionNumbers(NamedTuple):
-    """Which dimensions of a tensor are the rows of its matrices, and which are the columns.
-
-    Several are taken together as one. What is neither numbers the matrices, each of which is made orthogonal by itself.
-
-    The defaults are Optax's, whose layers have the output last; torch's have it first. What is made orthogonal does not depend
-    on which of the two are rows; the factor of :func:`scale_by_shape` does, and the ``"aol"`` scaling of square matrices.
-
-    Attributes:
-        reduction_axis: the dimension or dimensions that a layer sums over, the rows.
-        output_axis: the dimension or dimensions of what it answers, the columns.
-
-    Example:
-        >>> kernels = torch.ones(8, 3, 5, 5)  # of 3 x 5 x 5 inputs, for 8 outputs
-        >>> tx = scale_by_muon(weight_dimension_numbers=MuonDimensionNumbers((1, 2, 3), 0))
-        >>> tx.update(kernels, tx.init(kernels))[0].shape
-        torch.Size([8, 3, 5, 5])
-    """
-
-    reduction_axis: int | tuple[int, ...] = 0
-    output_axis: int | tuple[int, ...] = 1
 
 
 _ROWS_FIRST = MuonDimensionNumbers()
@@ -149,18 +125,18 @@ def scale_by_muon(
         mu = lerp(slots.mu, g, 1 - beta)
         g_hat, mu_hat = (g / step[0], mu / step[1]) if bias_correction_mu else (g, mu)
         average = lerp(g_hat, mu_hat, beta) if nesterov else mu_hat
-        x = _matrices(average, numbers).to(ns_dtype or g.dtype)
+        x = as_matrices(average, numbers).to(ns_dtype or g.dtype)
         tall = x.shape[-2] > x.shape[-1]
         x = x.mT if tall else x
         x = x / _size(x, preconditioning, eps, eps_floor).to(x.dtype)
         for a, b, c in triples:
             gram = x @ x.mT
             x = _mixed(a, x, 1, _mixed(b, gram, c, gram, gram), x)
-        x = _tensor(x.mT if tall else x, g, numbers).to(g.dtype)
+        x = as_tensor(x.mT if tall else x, g, numbers).to(g.dtype)
         return (average * x).sum() * x if adaptive else x, MuonSlots(mu)
 
     corrections = at_step if bias_correction_mu else None
-    return _with_numbers(leafwise(init, update, at_step=corrections, complex_="error"), weight_dimension_numbers)
+    return with_numbers(leafwise(init, update, at_step=corrections, complex_="error"), weight_dimension_numbers)
 
 
 def _size(x: Tensor, preconditioning: Preconditioning, eps: Scalar, eps_floor: bool) -> Tensor:
@@ -221,71 +197,15 @@ def scale_by_shape(
     def scaled(g: Tensor, p: Any, numbers: MuonDimensionNumbers = _AS_IN_TORCH) -> Tensor:
         if weight_dimension_numbers is None:
             _check_matrix(g)
-        m, n = _matrices(g, numbers).shape[-2:]
+        m, n = as_matrices(g, numbers).shape[-2:]
         return g * (max(1, n / max(m, 1)) ** 0.5 if rms is None else rms * max(n, m) ** 0.5)
 
-    return _with_numbers(stateless_with_tree_map(scaled, elementwise=False, complex_="error"), weight_dimension_numbers)
+    return with_numbers(stateless_with_tree_map(scaled, elementwise=False, complex_="error"), weight_dimension_numbers)
 
 
 def _check_matrix(x: Tensor) -> None:
     if x.ndim != 2:
         raise ValueError(f"Muon takes matrices, got shape {tuple(x.shape)}: give other tensors to another one, optfn.partition")
-
-
-def _groups(shape: torch.Size, numbers: MuonDimensionNumbers) -> tuple[list[int], list[int], list[int]]:
-    """The dimensions that number the matrices, those of their rows, and those of their columns."""
-    axes = [(x,) if isinstance(x, int) else tuple(x) for x in (numbers.reduction_axis, numbers.output_axis)]
-    rows, columns = ([i + len(shape) if i < 0 else i for i in group] for group in axes)
-    both = {*rows, *columns}
-    if not rows or not columns or len(both) < len(rows) + len(columns) or not both <= {*range(len(shape))}:
-        raise ValueError(f"{tuple(numbers)} are no rows and columns of a tensor of shape {tuple(shape)}")
-    return [i for i in range(len(shape)) if i not in both], rows, columns
-
-
-def _matrices(x: Tensor, numbers: MuonDimensionNumbers) -> Tensor:
-    """A tensor as one matrix, or as a batch of them."""
-    batch, rows, columns = _groups(x.shape, numbers)
-    sizes = [math.prod([x.shape[i] for i in group]) for group in (batch, rows, columns)]
-    return x.permute(*batch, *rows, *columns).reshape(sizes if batch else sizes[1:])
-
-
-def _tensor(x: Tensor, like: Tensor, numbers: MuonDimensionNumbers) -> Tensor:
-    """The inverse of :func:`_matrices`."""
-    order = [i for group in _groups(like.shape, numbers) for i in group]
-    return x.reshape([like.shape[i] for i in order]).permute(sorted(range(like.ndim), key=order.__getitem__))
-
-
-def _with_numbers(tx: GradientTransformation, given: Any) -> GradientTransformation:
-    """A transformation that is lifted, of a rule that takes dimension numbers, with those of each leaf."""
-    if given is None:
-        return tx
-
-    def of_leaves(like: Any) -> list[Any]:
-        (leaves, spec), paths = tree.flatten(like), tree.paths(like)
-        found: list[Any]
-        if isinstance(given, MuonDimensionNumbers):
-            found = [given] * len(leaves)
-        elif callable(given):
-            found = [None if x is None else given(path, x) for path, x in zip(paths, leaves, strict=True)]
-        else:
-            found = tree.match(spec, given, "weight_dimension_numbers", "params")
-        for path, x, numbers in zip(paths, leaves, found, strict=True):
-            if x is not None and not isinstance(numbers, MuonDimensionNumbers):
-                kind = type(numbers).__name__
-                raise TypeError(f"weight_dimension_numbers: {path!r} must have MuonDimensionNumbers, got {kind}: optfn.partition")
-            _ = None if x is None else _groups(x.shape, numbers)
-        return found
-
-    def init(params: Any) -> Any:
-        of_leaves(params)
-        return tx.init(params)
-
-    def begin(leaves: Leaves, state: Any) -> Sweep:
-        numbers = of_leaves(leaves.updates if leaves.params is None else leaves.params)
-        each, end = begin_of(tx)(leaves, state)
-        return lambda i, g, p: each(i, g, p, shared=(numbers[i],)), end
-
-    return lifted(init, begin)
 
 
 @alias
