@@ -1,9 +1,9 @@
 r"""Functions of a batch, evaluated on one microbatch after the other: the memory of one, and the result of the batch.
 
 A batch is an axis of the tensors in some of the arguments, with as many rows in all of them. The names are Optax's. So is which
-rows are together: of :math:`n` microbatches, number :math:`i` has the rows :math:`i, i + n, i + 2n, \dots` A function that treats
-each row by itself does not see that, and a concatenation is in the order of the batch again. A batch need not be a multiple of the
-microbatch: the rows that are left over, its last ones, are one more microbatch, a smaller one, which weighs less in a mean.
+rows are together: of :math:`n` microbatches, number :math:`i`, from 0, has the rows :math:`i, i + n, i + 2n, \dots` A function that
+treats each row by itself does not see that, and a concatenation is in the order of the batch again. A batch need not be a multiple
+of the microbatch: the rows that are left over, its last ones, are one more microbatch, a smaller one, which weighs less in a mean.
 
 The microbatches are a loop in Python over views of the batch. Where it is traced it is unrolled. To compile a microbatch once,
 compile the function: ``microbatch(torch.compile(fun), ...)``, which makes a second program for a smaller last one. Where autograd
@@ -54,7 +54,7 @@ Function = Callable[..., Any]
 class AccumulationType(enum.Enum):
     """What becomes of the results of the microbatches.
 
-    They are added up in float32 at least, and rounded once. In a sum, bools are counted.
+    Floating-point ones are added up in float32 at least, and rounded once. In a sum, bools are counted.
     """
 
     MEAN = enum.auto()
@@ -62,7 +62,7 @@ class AccumulationType(enum.Enum):
     SUM = enum.auto()
     """Their sum."""
     RUNNING_MEAN = enum.auto()
-    """Their mean over the rows that were evaluated: another one than ``MEAN`` where ``num_real_microbatches`` is given."""
+    """Their mean over the rows that count: another one than ``MEAN`` where ``num_real_microbatches`` is given."""
     CONCAT = enum.auto()
     """All of them along dimension 0, in the order of the batch if they have a row for each of its rows; 0-dim ones in a vector."""
 
