@@ -3,7 +3,7 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, perturbations, projections, random, second_order, tree
+from optfn import interop, microbatching, perturbations, projections, random, second_order, tree
 from optfn.compile import compile
 from optfn.compose import (
     MaskedState,
@@ -20,6 +20,7 @@ from optfn.compose import (
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
 from optfn.leafwise import CoupledState, LeafwiseState, coupled, leafwise, stateless_with_tree_map
 from optfn.matrices import GaLoreDimensionNumbers, MuonDimensionNumbers
+from optfn.microbatching import microbatch
 from optfn.minimize import MinimizeResult, minimize
 from optfn.optimizers.acprop import AcpropSlots, acprop, scale_by_acprop
 from optfn.optimizers.adabelief import BeliefSlots, adabelief, scale_by_belief
@@ -344,6 +345,8 @@ __all__ = [
     "maximize",
     "measure_with_ema",
     "mechanize",
+    "microbatch",
+    "microbatching",
     "minimize",
     "momo",
     "momo_adam",

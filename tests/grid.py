@@ -306,6 +306,7 @@ ROWS = [
     Row("fromage.schedule", lambda h: optfn.fromage(optfn.linear_schedule(h, 0.01, 10), 1e-3, maximize=True)),
     Row("noisy_sgd", lambda h: optfn.noisy_sgd(0.1, h, key=7, maximize=True), but=OWN_NUMBERS),
     Row("dpsgd", lambda h: of_two_examples(optfn.dpsgd(0.1, 0.7, h, 7, 0.9)), but=OWN_NUMBERS),
+    Row("dpsgd.sum", lambda h: optfn.dpsgd(h, 0.7, 0.1, 7, 0.9, batch_size=4, maximize=True), but=OWN_NUMBERS),
     Row("schedule_free_sgd", optfn.schedule_free_sgd),
     Row(
         "schedule_free_sgd.warmup",
@@ -501,6 +502,12 @@ ROWS = [
         "differentially_private_aggregate",
         lambda h: of_two_examples(optfn.differentially_private_aggregate(h, 0.1, 7)),
         0.7,
+        but=OWN_NUMBERS,
+    ),
+    Row(
+        "differentially_private_aggregate.sum",
+        lambda h: optfn.differentially_private_aggregate(0.7, 0.1, 7, batch_size=h),
+        4.0,
         but=OWN_NUMBERS,
     ),
     Row("normalize", lambda: optfn.normalize(), None, but={"vmap_lr": NO_NUMBER}),

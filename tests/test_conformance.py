@@ -634,7 +634,7 @@ PACKAGE = Path(optfn.__file__).parent
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 GROUPS = [
     {"numerics", "random", "tree", "checks"},
-    {"core", "projections", "second_order"},
+    {"core", "microbatching", "projections", "second_order"},
     {"leafwise"},
     {"schedules"},
     {"compose"},

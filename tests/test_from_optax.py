@@ -59,7 +59,7 @@ HERE = sorted(name for name, here in NAMED.items() if here.startswith(("the same
 
 @pytest.mark.parametrize("name", [name for name in HERE if not name.split(".")[-1][0].isupper()])
 def test_what_is_the_same_is_here(name: str) -> None:
-    where = name.removeprefix("contrib.").removeprefix("microbatching.").removeprefix("transforms.")
+    where = name.removeprefix("contrib.").removeprefix("transforms.")
     if "optfn.tree." in NAMED[name]:
         where = where if where.startswith("tree.") else f"tree.{where}"
     found = optfn
