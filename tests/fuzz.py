@@ -630,6 +630,22 @@ def _partition(d: Draw, depth: int) -> Args:
     return f"optfn.partition({{{{'a': {{0}}, 'b': {{1}}}}}}, {labels})", (*d.inner(depth), *d.inner(depth))
 
 
+def _often(*counts: int) -> Callable[[Draw], str]:
+    return lambda d: f"update_interval={d.one(*counts)}"
+
+
+def _with_a_loss(name: str, *arguments: Callable[[Draw], str]) -> Callable[[Draw, int], Args]:
+    """For what asks for the loss as a function of the parameters: its Hessian is diagonal."""
+    call = _call(name, *arguments)
+    loss = "sum(2 - optfn.numerics.as_real(x).cos().sum() for x in optfn.tree.leaves(p))"
+    update = f"lambda u, s, p=None, **extra: tx.update(u, s, p, obj_fn=lambda p: {loss}, **extra)"
+    return lambda d, depth: (f"(lambda tx: optfn.core.transformation(tx.init, {update}))({call(d, depth)[0]})", ())
+
+
+def _of_low_rank(name: str, *arguments: Callable[[Draw], str]) -> Callable[[Draw, int], Args]:
+    return _call(name, *arguments, lambda d: f"rank={d.one(1, 2, 64)}", lambda d: f"update_proj_gap={d.one(1, 2, 9)}")
+
+
 def _of_examples(name: str, *arguments: Callable[[Draw], str]) -> Callable[[Draw, int], Args]:
     """For what takes gradients of examples: the gradient, and a tenth of it."""
     numbers = (_of("l2_norm_clip", 0.1, 2), _of("noise_multiplier", 0, 1), _choice("key", 0, 7))
@@ -663,6 +679,11 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "sparse_adam": _call("sparse_adam", _rate, _betas, _eps, _max),
     "lbfgs": _call("lbfgs", _rate, lambda d: f"history_size={d.one(1, 2, 5)}"),
     "scale_by_lbfgs": _call("scale_by_lbfgs", lambda d: f"memory_size={d.one(1, 2, 5)}", _choice("scale_init_precond", False)),
+    "hutchinson_estimator_diag_hessian": _with_a_loss("hutchinson_estimator_diag_hessian", _choice("random_seed", 7)),
+    "scale_by_sophia": _with_a_loss("scale_by_sophia", _of("b1", 0, 0.99), _of("gamma", 0.1, 10), _often(1, 2)),
+    "sophia": _with_a_loss("sophia", _rate, _betas, _decay, _often(1, 2)),
+    "scale_by_galore": _of_low_rank("scale_by_galore"),
+    "galore": _of_low_rank("galore", _rate, _decay, _max),
     "scale_by_adadelta": _call("scale_by_adadelta", _of("rho", 0.5, 0.99), _eps),
     "scale_by_adamax": _call("scale_by_adamax", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),
     "scale_by_nadam": _call("scale_by_nadam", _of("b1", 0, 0.99), _of("b2", 0.5, 0.999), _eps),

@@ -182,6 +182,30 @@ def uphill_by_itself(tx: GradientTransformation) -> GradientTransformation:
     return optfn.core.transformation(tx.init, update)
 
 
+def with_a_loss(tx: GradientTransformation) -> GradientTransformation:
+    """With a function of the parameters, whose Hessian is diagonal and positive."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        obj_fn = lambda moved: sum(2 - real.cos().sum() for real in map(optfn.numerics.as_real, optfn.tree.leaves(moved)))  # noqa: E731
+        return tx.update(updates, state, params, obj_fn=obj_fn, **extra)
+
+    return optfn.core.transformation(tx.init, update)
+
+
+NO_SLOPE_AT_0 = {
+    "grad_at_zero": Declared("singular vectors of 0 have no derivative", AssertionError, "isfinite"),
+    "jvp": Declared("singular vectors of 0 have no derivative", AssertionError, "Expected nan"),
+    "complex": NO_COMPLEX,
+}
+OF_LOW_RANK = {
+    **NO_SLOPE_AT_0,
+    **dict.fromkeys(("bf16", "fp16"), Declared("what the base is handed is rounded", AssertionError, "are not equal")),
+}
+EXPORTED = {
+    "export": Declared("torch.export takes no gradient of a gradient", torch._dynamo.exc.Unsupported, "view functorch tensor")
+}
+ESTIMATE = {**EXPORTED, **dict.fromkeys(("bf16", "fp16"), AS_IT_IS), "vmap_lr": NO_NUMBER, "grad": NO_USE, "records": NO_RECORD}
+
 ROWS = [
     # Aliases
     Row("sgd", optfn.sgd),
@@ -561,6 +585,16 @@ ROWS = [
         but={"none": AVERAGED},
     ),
     wrapper("sam", lambda tx: optfn.sam(tx, optfn.chain(optfn.normalize(), optfn.sgd(0.1, momentum=0.9))), but={"none": ANEW}),
+    Row("hutchinson_estimator_diag_hessian", lambda: with_a_loss(optfn.hutchinson_estimator_diag_hessian()), None, but=ESTIMATE),
+    Row(
+        "scale_by_sophia",
+        lambda h: with_a_loss(optfn.scale_by_sophia(b2=0.5, gamma=h, eps=0.1, clip_threshold=None, update_interval=2)),
+        2.0,
+        but=EXPORTED,
+    ),
+    Row("sophia", lambda h: with_a_loss(optfn.sophia(h, eps=0.5, update_interval=2, mask=pairs)), but=EXPORTED),
+    Row("scale_by_galore", lambda h: optfn.scale_by_galore(1, 2, h), but=OF_LOW_RANK),
+    Row("galore", lambda h: optfn.galore(h, 1, 2, 0.5, weight_decay=0.1, mask=pairs, maximize=True), but=NO_SLOPE_AT_0),
     Row("sam.adversary", lambda h: optfn.sam(optfn.adam(0.1), optfn.adam(h), 3, reset_state=False), steps=4),
     Row("sam.opaque", lambda h: uphill_by_itself(optfn.sam(optfn.adam(0.1), optfn.sgd(h), 3, opaque_mode=True))),
     wrapper("schedule_free", lambda tx: optfn.schedule_free(tx, 0.1)),

@@ -62,8 +62,8 @@ def _same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
         turned = lambda u: u * jnp.sign(jnp.take_along_axis(u, jnp.abs(u).argmax(0, keepdims=True), 0))  # noqa: E731
         return turned(u), s, turned(vh.T).T
 
-    def singular_vectors(g: torch.Tensor) -> torch.Tensor:
-        u = torch.linalg.svd(g, full_matrices=False)[0]
+    def singular_vectors(g: torch.Tensor, rank: int) -> torch.Tensor:
+        u = torch.linalg.svd(g, full_matrices=False)[0][..., :rank]
         return u * u.gather(-2, u.abs().argmax(-2, keepdim=True)).sign()
 
     monkeypatch.setattr(

@@ -97,7 +97,7 @@ def scale_by_galore(
         return GaLoreSlots(p.new_zeros(*p.shape[:-1], min(rank, p.shape[-1])))
 
     def project(g: Tensor, slots: GaLoreSlots, p: Any, due: Any) -> tuple[Tensor, GaLoreSlots]:
-        projector = tree.cond(due, lambda: _singular_vectors(g)[..., :rank].contiguous(), lambda: slots.projector)
+        projector = tree.cond(due, lambda: _singular_vectors(g, rank), lambda: slots.projector)
         return projector.mT @ g, GaLoreSlots(projector)
 
     projected = leafwise(first_projector, project, at_step=lambda step: (step - 1) % update_proj_gap == 0, complex_="error")
@@ -105,7 +105,10 @@ def scale_by_galore(
     def init(params: Any) -> GaLoreState:
         leaves, spec = tree.checked(params, "scale_by_galore: params")
         tall = [None if n is None else _tall(p, n) for p, n in zip(leaves, numbers_of(params, given), strict=True)]
-        low = [p if x is None else x[..., : min(rank, x.shape[-1]), :].detach() for p, x in zip(leaves, tall, strict=True)]
+        low = [
+            p if x is None else x.new_zeros(*x.shape[:-2], min(rank, x.shape[-1]), x.shape[-1])
+            for p, x in zip(leaves, tall, strict=True)
+        ]
         return GaLoreState(projected.init(tree.unflatten(spec, tall)), base.init(tree.unflatten(spec, low)))
 
     def update(updates: Any, state: GaLoreState, params: Any = None, **extra: Any) -> tuple[Any, GaLoreState]:
@@ -138,9 +141,13 @@ def _tall(x: Tensor, numbers: GaLoreDimensionNumbers) -> Tensor:
     return x if x.shape[-2] >= x.shape[-1] else x.mT
 
 
-def _singular_vectors(g: Tensor) -> Tensor:
-    """Of the longer side. What is not finite is in the gradient still, and is no reason to stop here."""
-    return torch.linalg.svd(g.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)[0]
+def _singular_vectors(g: Tensor, rank: int) -> Tensor:
+    """The first ones of the longer side, in the layout that the projector began in: of another one a graph would be made anew.
+
+    What is not finite is in the gradient still, and is no reason to stop here.
+    """
+    vectors = torch.linalg.svd(g.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)[0]
+    return vectors[..., :rank].clone(memory_format=torch.contiguous_format)
 
 
 def _back(scale: Scalar, projector: Tensor, u: Tensor, g: Tensor, numbers: GaLoreDimensionNumbers) -> Tensor:

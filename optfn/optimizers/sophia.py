@@ -10,8 +10,8 @@ from optfn import random, tree
 from optfn.checks import alias, check_state, number, require
 from optfn.compose import chain
 from optfn.core import GradientTransformation, check_transformation, transformation
-from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, bias_correction, lerp
+from optfn.leafwise import aligned, leafwise
+from optfn.numerics import Scalar, as_complex, as_real, bias_correction, lerp
 from optfn.schedules import ScalarOrSchedule
 from optfn.second_order import hessian_product
 from optfn.transforms.decay import add_decayed_weights
@@ -41,7 +41,7 @@ def hutchinson_estimator_diag_hessian(random_seed: int | Tensor | None = None) -
 
     It is exact where the Hessian is diagonal. What comes in is not read. An update costs some gradients of ``obj_fn``, which is to
     be handed to it: ``tx.update(grads, state, params, obj_fn=lambda params: loss(params, batch))``. The signs are Optax's with the
-    same key.
+    same key. Of a complex tensor there is one for the real and one for the imaginary part, which are parameters by themselves.
 
     Args:
         random_seed: where the signs begin, a key of :mod:`optfn.random` or an integer seed; 0 if None, as in Optax.
@@ -73,14 +73,21 @@ def hutchinson_estimator_diag_hessian(random_seed: int | Tensor | None = None) -
     ) -> tuple[Any, HutchinsonState]:
         check_state("hutchinson_estimator_diag_hessian", state, HutchinsonState)
         require("hutchinson_estimator_diag_hessian", params=params, obj_fn=obj_fn)
+        leaves = aligned(updates, params)
         after, now = random.split(state.key).unbind()
-        detached = tree.map(torch.detach, params)
-        signs = tree.random_like(now, detached, random.rademacher)
-        signs = tree.map(lambda r, p: r.to(p.device), signs, detached)
-        product = hessian_product(obj_fn, detached, signs)  # type: ignore[arg-type]
-        return tree.map(torch.mul, signs, product), HutchinsonState(after)
+        real = tree.map(as_real, params)
+        signs = tree.random_like(now, real, random.rademacher)
+        signs = tree.map(lambda r, p: r.to(p.device), signs, real)
+        product = hessian_product(lambda x: obj_fn(tree.map(_like, x, params)), real, signs)  # type: ignore[misc]
+        updates = tree.unflatten(leaves.spec, leaves.grads)
+        return tree.map(lambda g, r, x, p: _like(r * x, p).to(g.dtype), updates, signs, product, params), HutchinsonState(after)
 
     return transformation(init, update)
+
+
+def _like(real: Tensor, p: Tensor) -> Tensor:
+    """A real view as the parameter that it is of."""
+    return as_complex(real) if p.is_complex() else real
 
 
 class SophiaSlots(NamedTuple):
@@ -186,8 +193,7 @@ def scale_by_sophia(
 
         def estimated() -> tuple[Any, Any]:
             found, hessian_fn_state = estimator.update(updates, state.hessian_fn_state, params, **extra)
-            present = tree.map(lambda g, h: h, updates, found)
-            return average.update(present, state.curvature, params)[1], hessian_fn_state
+            return average.update(found, state.curvature, params)[1], hessian_fn_state
 
         # The rule is shown the curvature in the place of the parameters.
         h = tree.map(lambda p, h: h, params, state.curvature.slots.ema)
