@@ -232,6 +232,9 @@ class Rounding(TorchDispatchMode):
             result = func(*args, **kwargs)
             return result.copy_(self.moved(result)) if isinstance(result, Tensor) else result
         args = [self.moved(x) for x in args]
+        if name == "lerp" and isinstance(args[2], float):  # past the middle it computes with 1 - weight, which it rounds
+            eps = torch.finfo(args[0].dtype).eps
+            args[2] += torch.empty(()).uniform_(-eps, eps, generator=self.generator).item()
         result = func(*args, **kwargs)
         if isinstance(result, tuple | list):
             return type(result)(map(self.moved, result))

@@ -173,10 +173,8 @@ def compiled(row: Row) -> tuple[list[Any], list[Any], int]:
 
     def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
-        run = lookup_backend("aot_eager")(graph, inputs)
-        # Counted once it is made: for a 0-dim float64 input torch 2.13 gives up the first attempt and starts again.
         graphs += 1
-        return run
+        return graph  # what Dynamo has written down, as it is: to compile it too takes as long again, and "donated" does
 
     def run(f: Callable[..., Any]) -> list[Any]:
         p, results = params, []
