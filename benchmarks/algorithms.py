@@ -40,6 +40,8 @@ UNTIMED = {
     "lbfgs": "its step is a line search",
     "sparse_adam": "its step is that of the rows touched",
     "muon": "its time is that of products of matrices",
+    "galore": "its time is that of products of matrices, and of a decomposition at times",
+    "sophia": "its time is that of gradients of the loss, at times",
     "dpsgd": "its gradients are one for each example",
 }
 OTHERWISE = {
