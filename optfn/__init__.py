@@ -150,6 +150,15 @@ from optfn.transforms.clipping import (
 )
 from optfn.transforms.constraining import ZeroNansSlots, centralize, keep_params_nonnegative, zero_nans
 from optfn.transforms.decay import add_decayed_weights
+from optfn.transforms.linesearch import (
+    BacktrackingLinesearchInfo,
+    ScaleByBacktrackingLinesearchState,
+    ScaleByZoomLinesearchState,
+    ZoomLinesearchInfo,
+    scale_by_backtracking_linesearch,
+    scale_by_zoom_linesearch,
+    value_and_grad_from_state,
+)
 from optfn.transforms.momentum import ApplyEveryState, EmaSlots, TraceSlots, apply_every, ema, trace
 from optfn.transforms.noise import AddNoiseState, add_noise
 from optfn.transforms.plateau import ReduceOnPlateauState, reduce_on_plateau
@@ -204,6 +213,7 @@ __all__ = [
     "ApplyEveryState",
     "ApplyIfFiniteState",
     "AsgdSlots",
+    "BacktrackingLinesearchInfo",
     "BeliefSlots",
     "ClipByGlobalNormState",
     "CocobSlots",
@@ -256,9 +266,11 @@ __all__ = [
     "RmsSlots",
     "RpropSlots",
     "SAMState",
+    "ScaleByBacktrackingLinesearchState",
     "ScaleByLBFGSState",
     "ScaleByLearningRateState",
     "ScaleByScheduleState",
+    "ScaleByZoomLinesearchState",
     "Schedule",
     "ScheduleFreeState",
     "SimplifiedAdemamixSlots",
@@ -272,6 +284,7 @@ __all__ = [
     "WrappedScheduleState",
     "YogiSlots",
     "ZeroNansSlots",
+    "ZoomLinesearchInfo",
     "__version__",
     "accumulate",
     "acprop",
@@ -392,6 +405,7 @@ __all__ = [
     "scale_by_adopt",
     "scale_by_amsgrad",
     "scale_by_asgd",
+    "scale_by_backtracking_linesearch",
     "scale_by_belief",
     "scale_by_cocob",
     "scale_by_dadapt_adamw",
@@ -428,6 +442,7 @@ __all__ = [
     "scale_by_stddev",
     "scale_by_trust_ratio",
     "scale_by_yogi",
+    "scale_by_zoom_linesearch",
     "schedule_free",
     "schedule_free_adamw",
     "schedule_free_eval_params",
@@ -453,6 +468,7 @@ __all__ = [
     "tree",
     "unitwise_clip",
     "unitwise_norm",
+    "value_and_grad_from_state",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
     "warmup_exponential_decay_schedule",

@@ -365,7 +365,26 @@ def share(g: Tensor, slots: Any, p: Any, step: Tensor, shared: Total) -> tuple[T
 
 
 COUPLED = {"Total": Total, "total": total, "average": average, "share": share}
-NAMES = {"optfn": optfn, "torch": torch, "Smooth": Smooth, "smooth": smooth, **COUPLED}
+
+
+def on_a_paraboloid(tx: optfn.GradientTransformation) -> optfn.GradientTransformation:
+    """With a function that has the given gradient at the parameters, for what searches along a line."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        def value_fn(moved: Any) -> Tensor:
+            # Of real views: the derivative of a sum of one complex entry has another stride than torch predicts.
+            real = optfn.numerics.as_real
+            away = optfn.tree.map(lambda p, q: None if q is None else real(q) - real(p.detach()), params, moved)
+            seen = optfn.tree.map(lambda g, d: torch.zeros_like(d) if g is None else real(g.detach()), updates, away)
+            return optfn.tree.vdot(seen, away) + optfn.tree.vdot(away, away)
+
+        given = {"value": torch.zeros(()), "grad": updates, "value_fn": value_fn}
+        return tx.update(updates, state, params, **{**extra, **given})
+
+    return optfn.core.transformation(tx.init, update)
+
+
+NAMES = {"optfn": optfn, "torch": torch, "Smooth": Smooth, "smooth": smooth, "on_a_paraboloid": on_a_paraboloid, **COUPLED}
 
 
 def check(case: Case, quick: bool = False) -> None:
@@ -657,6 +676,11 @@ def _of_examples(name: str, *arguments: Callable[[Draw], str]) -> Callable[[Draw
     return lambda d, depth: (f"optfn.chain(optfn.stateless({examples}), {call(d, depth)[0]})", ())
 
 
+def _searching(name: str, *arguments: Callable[[Draw], str]) -> Callable[[Draw, int], Args]:
+    call = _call(name, *arguments)
+    return lambda d, depth: (f"on_a_paraboloid(optfn.chain(optfn.scale(-0.5), {call(d, depth)[0]}))", ())
+
+
 LINKS: dict[str, Callable[[Draw, int], Args]] = {
     "sgd": _sgd,
     "adam": _call("adam", _rate, _betas, _eps, _decay, _choice("amsgrad", True), _max, _choice("decoupled_weight_decay", True)),
@@ -681,6 +705,15 @@ LINKS: dict[str, Callable[[Draw, int], Args]] = {
     ),
     "sparse_adam": _call("sparse_adam", _rate, _betas, _eps, _max),
     "lbfgs": _call("lbfgs", _rate, lambda d: f"history_size={d.one(1, 2, 5)}"),
+    "scale_by_backtracking_linesearch": _searching(
+        "scale_by_backtracking_linesearch",
+        needed(lambda d: f"{d.one(1, 4)}"),
+        _of("decrease_factor", 0.3, 0.8),
+        _choice("store_grad", True),
+    ),
+    "scale_by_zoom_linesearch": _searching(
+        "scale_by_zoom_linesearch", needed(lambda d: f"{d.one(1, 4)}"), _of("curv_rtol", 0.1, 0.9), _choice("approx_dec_rtol", None)
+    ),
     "scale_by_lbfgs": _call("scale_by_lbfgs", lambda d: f"memory_size={d.one(1, 2, 5)}", _choice("scale_init_precond", False)),
     "hutchinson_estimator_diag_hessian": _with_a_loss("hutchinson_estimator_diag_hessian", _choice("random_seed", 7)),
     "scale_by_sophia": _with_a_loss("scale_by_sophia", _of("b1", 0, 0.99), _of("gamma", 0.1, 10), _often(1, 2)),

@@ -166,10 +166,36 @@ PAIRS = {
     "scalar_leaf": Declared("what is kept of a leaf has one dimension more", AssertionError, r"Size\(\[.\]\) == \(\)"),
 }
 
+SEARCHED = {
+    "donated": Declared("what is differentiated within a step is not proven, so Dynamo takes it", AssertionError, "was not traced"),
+    "grad": Declared("the step size is a constant to a derivative", AssertionError, "Scalars are not close"),
+    "export": Declared("torch.export (2.13) fails on 3 * x, 0-dim, which torch.func differentiates", RuntimeError, "data pointer"),
+    "none": Declared("the state has the gradient of a leaf that sits the step out, too", AssertionError, "grad.c has changed"),
+    **dict.fromkeys(
+        ("bf16", "fp16"), Declared("the gradient is the one at parameters that are rounded", AssertionError, "not close")
+    ),
+}
+
 
 def of_two_examples(tx: GradientTransformation) -> GradientTransformation:
     """For what takes gradients of examples: one of them is the gradient, the other a tenth of it."""
     return optfn.chain(optfn.stateless(lambda updates, params: optfn.tree.map(lambda g: torch.stack([g, g / 10]), updates)), tx)
+
+
+def on_a_paraboloid(tx: GradientTransformation) -> GradientTransformation:
+    """With a function that has the given gradient at the parameters, for what searches along a line."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        def value_fn(moved: Any) -> Tensor:
+            away = optfn.tree.map(lambda p, q: None if q is None else q - p.detach(), params, moved)
+            seen = optfn.tree.map(lambda g, d: torch.zeros_like(d) if g is None else g.detach(), updates, away)
+            square = optfn.tree.vdot(away, away).real
+            return optfn.tree.vdot(seen, away).real + 3 * square + square**2
+
+        given = {"value": torch.zeros((), dtype=torch.float64), "grad": updates, "value_fn": value_fn}
+        return tx.update(updates, state, params, **{**extra, **given})
+
+    return optfn.core.transformation(tx.init, update)
 
 
 def uphill_by_itself(tx: GradientTransformation) -> GradientTransformation:
@@ -516,6 +542,18 @@ ROWS = [
         lambda: optfn.scale_by_lbfgs(3, False),
         None,
         but={"vmap_lr": NO_NUMBER, **PAIRS},
+    ),
+    Row(
+        "scale_by_backtracking_linesearch",
+        lambda h: on_a_paraboloid(optfn.chain(optfn.scale(h), optfn.scale_by_backtracking_linesearch(4, store_grad=True))),
+        -0.9,
+        but=SEARCHED,
+    ),
+    Row(
+        "scale_by_zoom_linesearch",
+        lambda h: on_a_paraboloid(optfn.chain(optfn.scale(h), optfn.scale_by_zoom_linesearch(4, curv_rtol=0.1))),
+        -0.9,
+        but=SEARCHED,
     ),
     Row("ema.raw", lambda h: optfn.ema(h, False, torch.float64), 0.9, wide={"ema": torch.float64}),
     Row("apply_every", lambda h: optfn.chain(optfn.scale(h), optfn.apply_every(2)), 0.7, steps=4),
