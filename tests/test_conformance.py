@@ -20,7 +20,6 @@ import torch
 from grid import ROWS, Row
 from interpreted import interpreted
 from torch import Tensor
-from torch._dynamo import lookup_backend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import optfn

@@ -761,3 +761,19 @@ def test_an_empty_complex_leaf_is_called() -> None:
     wanted = step(params, tx.init(params), params)[0]
     found = optfn.compile(step, donate=("params", "state"))(copies(params), tx.init(params), copies(params))[0]
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.codegen
+def test_a_graph_that_was_made_with_constants_is_taken_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As random numbers are, whose counters are constants: whole, Inductor takes a minute for them."""
+    module, taken = sys.modules["optfn.compile.backend"], []
+    monkeypatch.setattr(module, "split", lambda *args: taken.append(1) or regions.split(*args))
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        return (x * torch.tensor([1.0, 2.0]) + torch.tensor([3, 4])).sin() + y
+
+    run = torch.compile(fn, backend="optfn", fullgraph=True)
+    for _ in range(2):
+        x, y = torch.randn(2), torch.randn(3, 2)
+        torch.testing.assert_close(run(x, y), fn(x, y))
+    assert taken == [1]

@@ -49,6 +49,7 @@ def _inner(whole: Callable[..., Any], module: GraphModule, inputs: Any, *args: A
     given = [n for n in module.graph.nodes if n.op == "placeholder"]
     written = {n.all_input_nodes[0] for n in module.graph.nodes if is_write(n)}
     memory = Memory(inputs, [i for i, n in enumerate(given) if n in written])
+    constants = _take_constants(module)
     with internals.no_modes():
         program = split(module.graph, internals.compile_regions)
 
@@ -56,6 +57,7 @@ def _inner(whole: Callable[..., Any], module: GraphModule, inputs: Any, *args: A
         with lock:
             if written and not memory.apart(values):
                 raise EagerError("what is written shares memory with another tensor that the step reads")
+        values.extend(constants)
         return program(values)
 
     lock = threading.Lock()
@@ -69,7 +71,23 @@ def _splits(module: GraphModule, inputs: Any) -> bool:
     return known and all(_is_pure(n) for n in module.graph.nodes)
 
 
+def _take_constants(module: GraphModule) -> list[Tensor]:
+    """The tensors that a graph was made with, which are inputs of it from now on, the last ones."""
+    found: list[Tensor] = []
+    last = next((n for n in reversed(module.graph.nodes) if n.op == "placeholder"), None)
+    for n in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        with module.graph.inserting_after(last) if last else module.graph.inserting_before():
+            last = module.graph.placeholder(f"constant_{len(found)}")
+        last.meta.update(n.meta)
+        found.append(getattr(module, str(n.target)))
+        n.replace_all_uses_with(last)
+        module.graph.erase_node(n)
+    return found
+
+
 def _is_pure(n: torch.fx.Node) -> bool:
+    if n.op == "get_attr":
+        return type(getattr(n.graph.owning_module, str(n.target), None)) is Tensor and isinstance(n.meta.get("val"), Tensor)
     if n.op != "call_function":
         return n.op in ("placeholder", "output")
     if is_write(n):
