@@ -314,7 +314,7 @@ def test_a_training_against_optax(against: Any, capsys: pytest.CaptureFixture[st
     # Another learning rate is found out; the row of before stays.
     monkeypatch.setitem(against.ALIASES, "sgd", against.Pair("sgd(10.0)", "sgd(0.1)"))
     assert against.main(["--only", "sgd"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 aliases are within 1 % of Optax's loss: not sgd"
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 aliases are within 1 % of Optax's loss; not sgd"
     assert json.loads(against.RESULTS.read_text())["rows"]["adam"] == first["adam"]
     assert against.PAGE.read_text().count("**not reached**") == 1
     # So is another model.
