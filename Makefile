@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo bench algorithms test fuzz lint types docs clean
+.PHONY: demo bench algorithms against-optax test fuzz lint types docs clean
 
 demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -13,6 +13,9 @@ bench: $(VENV)/bench.installed ## optimizer steps, compile times and memory besi
 
 algorithms: $(VENV)/bench.installed ## docs/algorithms.md: every algorithm, what it keeps and how fast its step is
 	$(BIN)/python benchmarks/algorithms.py $(ARGS)
+
+against-optax: $(VENV)/bench.installed ## docs/against-optax.md: every alias that Optax has too trains the demo's model in both
+	$(BIN)/python benchmarks/against_optax.py $(ARGS)
 
 test: $(VENV)/dev.installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -133,7 +133,7 @@ def leafwise(
         at_step: what of the rule depends on its step alone, such as bias corrections, computed for all leaves at once:
             called with the steps of all leaves in one vector, it gives a vector, or a tuple of them, and the rule is handed its
             leaf's entry, or the tuple of its entries, as ``step``. What in the tuple is no vector is handed to each leaf as it is.
-            A vector of bools is for :func:`optfn.tree.cond`: its entries are bools of Python where no step is traced.
+            A list has an entry for each leaf as it is: of bools, say, for :func:`optfn.tree.cond`, read once for all leaves.
         needs_params: whether the rule reads ``p``; without it ``p`` is None where no params are given.
         sparse: what a sparse COO gradient is to the rule: an ``"error"`` that names :func:`sparse_masked`; made ``"dense"``
             first; or its ``"values"`` as they lie there, not summed, which a linear rule that does not read ``p`` may take.
@@ -599,10 +599,7 @@ class _Steps:
     def all(self, step: Tensor) -> Any:
         given = self.at_step(step) if self.at_step else step
         if isinstance(given, Tensor):
-            return _entries(given)
-        return list(zip(*(_entries(x) if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in given), strict=True))
-
-
-def _entries(x: Tensor) -> Any:
-    """The entries of a vector; of one that says for each leaf what is due, bools where it may be read, once for all leaves."""
-    return x.tolist() if x.dtype == torch.bool and tree.decided(x) else x.unbind()
+            return given.unbind()
+        if isinstance(given, list):
+            return given
+        return list(zip(*(x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in given), strict=True))

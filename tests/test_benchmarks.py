@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = ("against_optax", "contenders", "gpu", "measure", "report", "run", "workloads")
 SHAPES = [(6, 3), (6,), (3, 3)]
 
 
@@ -22,7 +24,7 @@ def bench() -> Iterator[Any]:
     """The modules by their names."""
     path = sys.path.copy()
     sys.path.insert(0, str(BENCHMARKS))
-    yield SimpleNamespace(**{name: __import__(name) for name in ("contenders", "gpu", "measure", "report", "run", "workloads")})
+    yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
     sys.path[:] = path
 
 
@@ -285,3 +287,62 @@ def test_gpu_script_without_a_gpu(bench: Any, tmp_path: Path) -> None:
     page = (tmp_path / "gpu-parts-on-cpu.md").read_text()
     assert page.count("**The steps were not timed: no time was left**") == len(bench.workloads.on_gpu(small=True))
     assert "```text\nno time was left\n```" in page
+
+
+@pytest.fixture
+def against(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The comparison with Optax on a tiny model, which is compiled once, in two steps, written elsewhere."""
+    module = bench.against_optax
+    tiny = {"SIZE": module.Size(1, 2, 8, 8, 2), "STEPS": 2, "PAGE": tmp_path / "page.md", "RESULTS": tmp_path / "results.json"}
+    for name, value in tiny.items():
+        monkeypatch.setattr(module, name, value)
+    with module.the_same_numbers():
+        problem = module.Problem()
+    monkeypatch.setattr(module, "Problem", lambda dtype: problem)
+    return module
+
+
+def test_a_training_against_optax(against: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = against.jax.config.jax_enable_x64
+    assert against.main(["--only", "adam", "sgd"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 aliases are within 1 % of Optax's loss"
+    first = json.loads(against.RESULTS.read_text())["rows"]
+    assert against.PAGE.read_text().count("| 1.0000 |") == 2
+    for row in first.values():
+        assert row["ours"] == pytest.approx(row["theirs"], rel=1e-9)
+        assert abs(row["ours"] - row["start"]) > 1e-4
+    # Another learning rate is found out; the row of before stays.
+    monkeypatch.setitem(against.ALIASES, "sgd", against.Pair("sgd(10.0)", "sgd(0.1)"))
+    assert against.main(["--only", "sgd"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 aliases are within 1 % of Optax's loss; not sgd"
+    assert json.loads(against.RESULTS.read_text())["rows"]["adam"] == first["adam"]
+    assert against.PAGE.read_text().count("**not reached**") == 1
+    # So is another model.
+    of_torch = against.cross_entropy
+    monkeypatch.setattr(against, "cross_entropy", lambda logits, targets: 1.01 * of_torch(logits, targets))
+    with pytest.raises(ValueError, match=r"differs by 1\.0e-02 between JAX and torch: that is another model"):
+        against.main(["--only", "sgd"])
+    assert against.jax.config.jax_enable_x64 == wide
+
+
+@pytest.mark.parametrize(
+    ("ours", "others", "good"),
+    [(2.0, False, True), (2.1, False, False), (1.9, False, False), (1.9, True, True), (2.1, True, False)],
+)
+def test_what_is_within_the_bar(bench: Any, ours: float, others: bool, good: bool) -> None:
+    assert bench.against_optax.reached({"ours": ours, "theirs": 2.0, "others": others}) is good
+    assert not bench.against_optax.reached({"ours": float("nan"), "theirs": ours, "others": others})
+
+
+def test_every_alias_of_optax_is_trained(bench: Any) -> None:
+    """Those that the page for people who come from Optax calls aliases, under the names that they have here."""
+    page = (BENCHMARKS.parent / "docs/from-optax.md").read_text()
+    table = page.split("\n## Aliases")[1].split("\n### ")[0]
+    named = {
+        name.removeprefix("contrib.")
+        for row in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([\w.]+)`", row)
+    }
+    aliases = {name for name in named if name[0].islower()} - {"optimistic_adam"}
+    assert len(aliases) > 40
+    assert aliases <= {name.split(",")[0] for name in bench.against_optax.ALIASES}

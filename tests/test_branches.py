@@ -172,17 +172,23 @@ def test_an_exported_step_selects() -> None:
         )
 
 
-def test_predicates_of_all_leaves_are_read_once() -> None:
+@pytest.mark.parametrize("read", [True, False])
+def test_predicates_of_all_leaves_may_be_read_once(read: bool) -> None:
+    """As a list; of a vector of them the rule is handed tensors, which torch.where takes."""
     seen = []
 
     def update(g: Tensor, slots: Any, p: Any, due: Any) -> Any:
         seen.append(due)
         return g, slots
 
-    tx: Any = optfn.leafwise(lambda p: (), update, at_step=lambda step: step % 2 == 0)
+    def at_step(step: Tensor) -> Any:
+        due = step % 2 == 0
+        return due.tolist() if read else due
+
+    tx: Any = optfn.leafwise(lambda p: (), update, at_step=at_step)
     params = {"a": torch.ones(1), "b": torch.ones(1), "c": None}
     state = tx.init(params)
     for _ in range(2):
         _, state = tx.update(params, state, params)
-    assert [type(x) for x in seen] == [bool] * 4
+    assert [type(x) for x in seen] == [bool if read else Tensor] * 4
     assert seen == [False, False, True, True]

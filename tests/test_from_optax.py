@@ -4,6 +4,7 @@ import inspect
 import re
 import types
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import optax
@@ -97,3 +98,15 @@ def test_what_is_named_exists(here: str) -> None:
         found = optfn
         for part in name.split("."):
             found = getattr(found, part)
+
+
+EXAMPLES = re.findall(r"^\| \[(\w+)\]\(https://\S+\) \| (.+) \| (.+) \|$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("theirs", "here"), [row[1:] for row in EXAMPLES], ids=[row[0] for row in EXAMPLES])
+def test_what_the_examples_of_optax_need_exists(theirs: str, here: str) -> None:
+    """Names of Optax are those of the tables above; what they are here is here."""
+    for name in re.findall(r"`([\w.]+)`", theirs):
+        assert {name, name.split(".")[-1], name.replace("tree_utils.tree_", "tree.")} & {*NAMED}, name
+    for name in re.findall(r"\{(?:func|class)\}`optfn\.([\w.]+)`", here):
+        assert callable(attrgetter(name)(optfn))

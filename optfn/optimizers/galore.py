@@ -100,7 +100,11 @@ def scale_by_galore(
         projector = tree.cond(due, lambda: _singular_vectors(g, rank), lambda: slots.projector)
         return projector.mT @ g, GaLoreSlots(projector)
 
-    projected = leafwise(first_projector, project, at_step=lambda step: (step - 1) % update_proj_gap == 0, complex_="error")
+    def at_step(step: Tensor) -> Any:
+        due = (step - 1) % update_proj_gap == 0
+        return due.tolist() if tree.decided(due) else due  # read once for all leaves
+
+    projected = leafwise(first_projector, project, at_step=at_step, complex_="error")
 
     def init(params: Any) -> GaLoreState:
         leaves, spec = tree.checked(params, "scale_by_galore: params")
