@@ -128,7 +128,7 @@ ALIASES: dict[str, Pair] = {
     "muon": Pair(
         MUON,
         "contrib.muon(1e-2)",
-        note="{func}`optfn.muon` is torch's, for matrices alone; this is [Optax's](from-optax.md#optax-s-muon)",
+        note="{func}`optfn.muon` is torch's, for matrices alone; Optax's is in [Coming from Optax](from-optax.md)",
     ),
     "nadam": Pair(
         "nadam(2e-3, momentum_decay=1e6)",
