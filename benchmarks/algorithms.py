@@ -46,7 +46,7 @@ UNTIMED = {
 }
 OTHERWISE = {
     "adan": "the authors' code",
-    "acprop": "Optax, and the authors' code",
+    "acprop": "the authors' code",
     "yogi": "Optax, but for the first moment, and the paper",
     "adopt": "Optax, and the authors' code",
 }

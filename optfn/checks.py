@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_schedule",
     "check_state",
     "check_step",
+    "integer",
     "is_zero",
     "not_its_state",
     "number",
@@ -44,10 +46,33 @@ _RENAMED = {
     **dict.fromkeys(("learning_rate", "step_size"), ("lr", "lr=...")),
     **dict.fromkeys(("b1", "b2", "beta1", "beta2", "beta_1", "beta_2"), ("betas", "betas=(b1, b2)")),
     "epsilon": ("eps", "eps=..."),
+    "seed": ("key", "key=..."),
+    "scaling": ("lr", "lr=..."),
     "decay": ("alpha", "alpha=..."),
     "beta": ("momentum", "momentum=..."),
 }
 """The arguments that have another name here: which, and what to write."""
+
+
+def integer(name: str, value: Any, at_least: int) -> int:
+    """Return ``value`` if it is an int of at least so much, else raise.
+
+    Raises:
+        TypeError: ``value`` is no int.
+        ValueError: it is too small.
+
+    Example:
+        >>> integer("sync_period", 2.5, 1)
+        Traceback (most recent call last):
+        ...
+        TypeError: sync_period must be an int, got float
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    found = operator.index(value)
+    if found < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {found}")
+    return found
 
 
 def number(
@@ -80,6 +105,10 @@ def number(
         return widened_scalar(value if value.ndim == 0 else value.reshape(()))
     if isinstance(value, bool) or not isinstance(value, int | float):
         advice = f": write {name}=float(...)" if isinstance(value, str) or hasattr(value, "__float__") else ""
+        if callable(value):
+            advice = f": a schedule acts through optfn.inject_hyperparams(make)({name}=schedule)"
+        elif value is None:
+            advice = f": write {name}=0.0 for none"
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}{advice}")
     bounds = [
         (f">= {at_least}", at_least is None or value >= at_least),

@@ -22,6 +22,7 @@ __all__ = [
     "Sweep",
     "aligned",
     "begin_of",
+    "check_dense",
     "coupled",
     "leafwise",
     "lifted",
@@ -228,7 +229,7 @@ def coupled(
 
     Raises:
         TypeError: from ``update``: as :func:`leafwise`, or one of ``extra`` is missing.
-        ValueError: as :func:`leafwise`.
+        ValueError: as :func:`leafwise`, or one of ``extra`` is a tensor of more than one number.
 
     Example:
         >>> class Shared(NamedTuple):
@@ -260,6 +261,10 @@ def coupled(
             check_state(rule_name(update), state, CoupledState)
         if any(given.get(name) is None for name in extra):
             require(rule_name(update), **{name: given.get(name) for name in extra})
+        for name in extra:
+            if isinstance(x := given[name], Tensor) and x.ndim:
+                said = f"{rule_name(update)}: {name!r} must be a number or a 0-dim tensor, got shape {tuple(x.shape)}"
+                raise ValueError(f"{said}: its mean or its sum, say")
         leaves = aligned(updates, params)
         present = [(i, g, p) for i, (g, p) in enumerate(zip(leaves.grads, leaves.owners, strict=True)) if g is not None]
         if not present:
@@ -363,6 +368,22 @@ def aligned(updates: Any, params: Any) -> Leaves:
         raise
     tree.check_leaves(grads, spec, "updates")
     return Leaves(updates, params, grads, owners, spec)
+
+
+def check_dense(owner: str, leaves: Leaves) -> None:
+    """Raise if a gradient is sparse, for a transformation that handles whole trees by itself.
+
+    Example:
+        >>> check_dense("sam", aligned({"w": torch.ones(2).to_sparse()}, None))
+        Traceback (most recent call last):
+        ...
+        TypeError: sam: 'w' has a sparse gradient, which sam does not take: make it dense, .to_dense()
+    """
+    for i, g in enumerate(leaves.grads):
+        if g is not None and g.layout != torch.strided:
+            path = tree.paths(leaves.updates)[i]
+            where = repr(path) if path else "the tensor"
+            raise TypeError(f"{owner}: {where} has a sparse gradient, which {owner} does not take: make it dense, .to_dense()")
 
 
 _ADVICE = "; updates are the gradients, not the loss, and None for a parameter that has none"

@@ -28,7 +28,6 @@ Gradients clipped example by example, and summed, for which there are never more
 import dataclasses
 import enum
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree as trees
+from optfn.checks import integer
 from optfn.numerics import compute_dtype, widened_scalar
 
 __all__ = [
@@ -155,11 +155,11 @@ def microbatch(
     """
     if microbatch_size is None:
         return fun
-    size = _integer("microbatch_size", microbatch_size, 1)
+    size = integer("microbatch_size", microbatch_size, 1)
     places = _places(argnums, argnames, in_axes)
     real = num_real_microbatches
     if not isinstance(real, Tensor):
-        real = None if real is None else _integer("num_real_microbatches", real, 0)
+        real = None if real is None else integer("num_real_microbatches", real, 0)
     elif real.ndim or real.is_floating_point():
         raise ValueError(f"num_real_microbatches must be an int or a 0-dim integer tensor, got {real.dtype}, {tuple(real.shape)}")
 
@@ -332,7 +332,7 @@ def reshape_batch_axis(tree: Any, microbatch_size: int, axis: int = 0) -> Any:
         tensor([[0, 2, 4],
                 [1, 3, 5]])
     """
-    size = _integer("microbatch_size", microbatch_size, 1)
+    size = integer("microbatch_size", microbatch_size, 1)
     rows = _rows((), {"tree": tree}, [("tree", axis)])
     if rows % size:
         raise ValueError(f"the batch must be a multiple of microbatch_size={size}, got {rows} rows: microbatch takes any number")
@@ -625,12 +625,3 @@ def _argument(args: Sequence[Any], kwargs: dict[str, Any], where: int | str) -> 
 def _leaf(where: int | str, tree: Any, i: int) -> str:
     path = trees.paths(tree)[i]
     return f"argument {where!r} at {path!r}" if path else f"argument {where!r}"
-
-
-def _integer(name: str, value: Any, at_least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    found = operator.index(value)
-    if found < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {found}")
-    return found

@@ -274,7 +274,8 @@ def _simplex(x: Tensor, s: Scalar) -> Tensor:
     # Which entries are in is decided by comparisons, so that the formula for theta gives all of the derivative.
     inside = x >= torch.where(above, u, torch.inf).amin()
     theta = (torch.where(inside, x, 0).sum() - s) / inside.sum()
-    return torch.where(inside, x - theta, 0).clamp_min(0)
+    theta = torch.where(x.isfinite().all(), theta, torch.nan)  # an infinite entry has no projection
+    return torch.where(inside | theta.isnan(), x - theta, 0).clamp_min(0)
 
 
 def _l1_sphere(x: Tensor, s: Scalar) -> Tensor:
@@ -285,6 +286,9 @@ def _l1_sphere(x: Tensor, s: Scalar) -> Tensor:
 def _together(f: Callable[[Tensor], Tensor], of: Any) -> Any:
     """``f`` of all entries of a tree as one vector, float32 at least."""
     found, spec = trees.flatten(of)
+    for path, x in zip(trees.paths(of), found, strict=True):
+        if x is not None and not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"a projection takes floating-point tensors, got {x.dtype} at {path!r}: convert it, .float()")
     if not trees.size(of):
         return of
     return trees.unflatten(spec, numerics.unravel(f(numerics.ravel(found)), found))

@@ -192,3 +192,20 @@ def test_predicates_of_all_leaves_may_be_read_once(read: bool) -> None:
         _, state = tx.update(params, state, params)
     assert [type(x) for x in seen] == [bool if read else Tensor] * 4
     assert seen == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("pred", "match"),
+    [(torch.ones(2, dtype=torch.bool), r"torch.bool of shape \(2,\)"), (torch.tensor(1), "torch.int64"), (1.0, "got float")],
+)
+def test_a_predicate_is_one_bool(pred: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        tree.cond(pred, lambda: 1, lambda: 2)
+
+
+@pytest.mark.parametrize("other", [lambda x: x.sum(), lambda x: x.double()])
+def test_branches_of_other_shapes_are_no_selection(other: Callable[[Tensor], Tensor]) -> None:
+    """Compiled, a selection would make of both what neither is."""
+    run = optfn.compile(lambda pred, x: tree.cond(pred, lambda: other(x), lambda: x), backend="aot_eager")
+    with pytest.raises(Exception, match="cond: both functions must give tensors of one shape and dtype"):
+        run(torch.tensor(True), torch.arange(3.0))

@@ -260,3 +260,21 @@ PARAMS = {"a": torch.ones(2)}
 
 def one_step(tx: optfn.GradientTransformation, state: Any = None, params: Any = PARAMS) -> Any:
     return tx.update(PARAMS, tx.init(PARAMS) if state is None else state, params)
+
+
+@pytest.mark.parametrize("make", [optfn.polyak_sgd, optfn.momo, optfn.momo_adam])
+def test_losses_of_examples_are_no_loss(make: Any) -> None:
+    p = {"w": torch.ones(3, 2)}
+    tx = make()
+    with pytest.raises(ValueError, match=r"'value' must be a number or a 0-dim tensor, got shape \(2,\)"):
+        tx.update(p, tx.init(p), p, value=torch.tensor([1.0, 100.0]))
+
+
+def test_an_injected_lower_bound_acts() -> None:
+    p = {"w": torch.ones(2)}
+    bound = optfn.linear_schedule(0.0, 1.0, 5)
+    tx = optfn.inject_hyperparams(optfn.momo)(lr=10.0, lower_bound=bound)
+    state = tx.init(p)
+    for i in range(4):
+        _, state = tx.update(p, state, p, value=2.0)
+        assert tree.get(state.inner_state, "lower_bound").item() == pytest.approx(bound(i))

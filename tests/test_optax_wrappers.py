@@ -485,3 +485,50 @@ def test_averages_trace_and_batch():
     for a, n in zip(*given, strict=True):
         assert_close(compiled(a, n), both(a, n), 1e-14)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: optfn.sam(optfn.sgd(0.1), optfn.sgd(0.1), sync_period=n),
+        lambda n: optfn.lookahead(optfn.sgd(0.1), n, 0.5),
+        lambda n: optfn.mechanize(optfn.sgd(0.1), num_betas=n),
+        lambda n: optfn.schedule_free_sgd(0.1, warmup_steps=n),
+        lambda n: optfn.galore(0.1, update_proj_gap=n),
+        lambda n: optfn.galore(0.1, rank=n),
+        lambda n: optfn.sophia(0.1, update_interval=n),
+    ],
+)
+def test_a_number_of_steps_is_an_int(make):
+    with pytest.raises(TypeError, match="must be an int, got float"):
+        make(2.5)
+
+
+@pytest.mark.parametrize("make", [optfn.schedule_free_sgd, optfn.schedule_free_adamw])
+def test_schedule_free_learning_in_a_torch_optimizer(make):
+    w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    opt = optfn.interop.TorchOptimizer([w], make, lr=0.1)
+    tx, p = make(lr=0.1), {"w": w.detach().clone()}
+    state = tx.init(p)
+    for _ in range(3):
+        w.grad = w.detach().clone()
+        opt.step()
+        updates, state = tx.update(p, state, p)
+        p = optfn.apply_updates(p, updates)
+        torch.testing.assert_close(w.detach(), p["w"])
+
+
+def test_an_injected_b1_of_schedule_free_learning_acts():
+    tx = optfn.inject_hyperparams(optfn.schedule_free_sgd)(lr=0.1, b1=optfn.linear_schedule(0.9, 0.1, 4))
+    p = {"w": torch.ones(2)}
+    state = tx.init(p)
+    for b1 in (0.9, 0.7, 0.5):
+        _, state = tx.update(p, state, p)
+        assert optfn.tree.get(state.inner_state, "b1").item() == pytest.approx(b1)
+
+
+@pytest.mark.parametrize("tx", [optfn.galore(), optfn.sam(optfn.sgd(0.1), optfn.sgd(0.1))], ids=["galore", "sam"])
+def test_sparse_gradients_are_refused_by_name(tx):
+    p = {"w": torch.ones(2, 2)}
+    with pytest.raises(TypeError, match="'w' has a sparse gradient"):
+        tx.update({"w": torch.ones(2, 2).to_sparse()}, tx.init(p), p)

@@ -248,3 +248,14 @@ def test_a_negative_scale(name):
 
 def test_every_name_of_optax_is_here():
     assert {name for name in dir(optax.projections) if name.startswith("projection_")} == {*projections.__all__}
+
+
+@pytest.mark.parametrize("name", ["projection_simplex", "projection_l1_ball", "projection_l1_sphere"])
+def test_what_is_not_finite_has_no_projection(name):
+    """A run that diverges shows."""
+    assert getattr(projections, name)(torch.tensor([float("inf"), 1.0, 2.0])).isnan().any()
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"floating-point tensors, got torch\.int64 at 'w'"):
+        projections.projection_simplex({"w": torch.tensor([3, -1, 2])})

@@ -150,3 +150,10 @@ def test_an_estimate_is_made_only_when_it_is_due() -> None:
 def test_errors(call: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+def test_nothing_to_do_is_no_error() -> None:
+    tx, p = optfn.sophia(), {"w": torch.ones(2, 2)}
+    assert tx.update({}, tx.init({}), {}, obj_fn=lambda p: torch.tensor(0.0))[0] == {}
+    hidden = optfn.masked(optfn.sophia(), lambda path, x: False)
+    assert hidden.update(p, hidden.init(p), p, obj_fn=lambda p: torch.zeros(()))[0]["w"] is p["w"]

@@ -97,6 +97,8 @@ def _walk(node: Any, like: _Like, path: str = "", role: Role = "other", owner: s
         where = f"{path}.{name}" if path else name
         if isinstance(node, LeafwiseState):
             yield from _walk(child, like, where, "steps" if name == "step" else "slot", path, type(node.slots).__name__)
+        elif name in scalars and not derived:
+            yield Part(where, role, None, owner, kind)  # a number, also where the parameters are one
         elif name in scalars:
             yield from _walk(child, like, where, "hyperparam", path)
         elif name in derived:

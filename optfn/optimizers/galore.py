@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import alias, check_state, number
+from optfn.checks import alias, check_state, integer, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
-from optfn.leafwise import aligned, leafwise
+from optfn.leafwise import aligned, check_dense, leafwise
 from optfn.matrices import GaLoreDimensionNumbers, as_matrices, as_tensor, numbers_of
 from optfn.numerics import Scalar, compute_dtype
 from optfn.optimizers.adam import scale_by_adam
@@ -56,8 +56,9 @@ def scale_by_galore(
     :math:`r\,(m + 2n)` entries in the place of :math:`2mn`. What is no matrix is handed to the base transformation as it is.
 
     The base transformation is handed no parameters: it can neither decay them nor look at their norms. What it keeps is not
-    turned when the subspace is. :math:`P` projects the longer side, as in Optax, where the paper and the authors' code take
-    the shorter one: their projector is smaller, and what the base keeps is larger.
+    turned when the subspace is: as a singular vector may have either sign, and libraries differ in it, a run on another one is
+    another run from the second subspace on. :math:`P` projects the longer side, as in Optax, where the paper and the authors'
+    code take the shorter one: their projector is smaller, and what the base keeps is larger.
 
     A decomposition takes some hundred times as long as a product of the matrix; it is made only when it is due, compiled by
     :func:`optfn.compile` too, see :func:`optfn.tree.cond`.
@@ -85,8 +86,7 @@ def scale_by_galore(
         tensor([[3., 0.],
                 [0., 0.]])
     """
-    if rank < 1 or update_proj_gap < 1:
-        raise ValueError(f"rank and update_proj_gap must be >= 1, got {rank} and {update_proj_gap}")
+    rank, update_proj_gap = integer("rank", rank, 1), integer("update_proj_gap", update_proj_gap, 1)
     scale = number("scale", scale)
     base = base_optimizer if base_optimizer is not None else scale_by_adam()
     check_transformation(base, "scale_by_galore", "scale_by_galore(base_optimizer=tx)")
@@ -118,12 +118,20 @@ def scale_by_galore(
     def update(updates: Any, state: GaLoreState, params: Any = None, **extra: Any) -> tuple[Any, GaLoreState]:
         check_state("scale_by_galore", state, GaLoreState)
         leaves = aligned(updates, params)
+        check_dense("scale_by_galore", leaves)
         numbers = numbers_of(updates if params is None else params, given)
         pairs = list(zip(leaves.grads, numbers, strict=True))
         tall = tree.unflatten(leaves.spec, [None if g is None or n is None else _tall(g, n) for g, n in pairs])
         low, projection = projected.update(tall, state.projection)
         shown = [g if n is None else x for (g, n), x in zip(pairs, tree.flatten(low)[0], strict=True)]
-        new, base_state = base.update(tree.unflatten(leaves.spec, shown), state.base_optimizer_state, None, **extra)
+        try:
+            new, base_state = base.update(tree.unflatten(leaves.spec, shown), state.base_optimizer_state, None, **extra)
+        except TypeError as error:
+            if "params" not in str(error):
+                raise
+            raise TypeError(
+                f"scale_by_galore hands its base no params: decay outside of it, galore(weight_decay=...) ({error})"
+            ) from error
         projectors = iter(tree.leaves(tree.map(lambda x, kept: kept, tall, *projection.slots)))
         moved = zip(pairs, tree.flatten(new)[0], strict=True)
         directions = [u if u is None or n is None else _back(scale, next(projectors), u, g, n) for (g, n), u in moved]

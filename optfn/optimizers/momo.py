@@ -140,7 +140,8 @@ def _step_size(
     product, size, inner = sums
     grow = 1 + lr * decay
     gap = grow * (shared.loss - product) + inner
-    lower_bound = shared.lower_bound
+    # Given, it may change from step to step; estimated, it is that of the step before.
+    lower_bound = shared.lower_bound if adapt else torch.zeros_like(shared.lower_bound) + bound
     if adapt:
         reset = (gap / (2 * grow * weight)).clamp_min(bound)
         lower_bound = torch.where(gap < grow * weight * lower_bound, reset, lower_bound)

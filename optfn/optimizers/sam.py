@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import check_state, require
+from optfn.checks import check_state, integer, require
 from optfn.core import GradientTransformation, added, check_transformation, transformation
-from optfn.leafwise import aligned
+from optfn.leafwise import aligned, check_dense
 from optfn.numerics import compute_dtype
 from optfn.wrappers.finite import select
 
@@ -82,8 +82,7 @@ def sam(
     """
     for tx in (optimizer, adv_optimizer):
         check_transformation(tx, "sam", "sam(tx, adv_tx)")
-    if sync_period < 1:
-        raise ValueError(f"sync_period must be >= 1, got {sync_period}")
+    sync_period = integer("sync_period", sync_period, 1)
 
     def init(params: Any) -> SAMState:
         tree.checked(params, "sam: params")
@@ -95,6 +94,7 @@ def sam(
         if state.cache is not None:  # a bare tensor that a mask hides is None
             require("sam", params=params)
         leaves = aligned(updates, params)
+        check_dense("sam", leaves)
         updates = tree.unflatten(leaves.spec, leaves.grads)
         return opaque(updates, state, params, **extra) if opaque_mode else transparent(updates, state, params, **extra)
 

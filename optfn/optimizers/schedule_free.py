@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import alias, check_state, number, require, scalar_or_schedule
+from optfn.checks import alias, check_state, integer, number, require, scalar_or_schedule
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned
@@ -68,7 +68,7 @@ def schedule_free(
     Args:
         base_optimizer: the base transformation, with its learning rate.
         learning_rate: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
-        b1: :math:`\beta` in ``(0, 1]``; a change of it in the state acts.
+        b1: :math:`\beta` in ``(0, 1]``.
         weight_lr_power: :math:`r`; 0 weighs all steps alike, also those of a warm-up.
         state_dtype: dtype of :math:`z`; the parameter's if None.
 
@@ -107,6 +107,7 @@ def schedule_free(
         leaves = aligned(updates, params)
         updates = tree.unflatten(leaves.spec, leaves.grads)
         updates, base_state = base_optimizer.update(updates, state.base_optimizer_state, params, **extra)
+        now = torch.zeros_like(state.b1) + beta
         lr: Any = rate(as_time(state.step_count)) if callable(rate) else rate
         max_lr = torch.maximum(state.max_lr, state.max_lr.new_zeros(()) + lr)
         weight = max_lr**power
@@ -115,7 +116,7 @@ def schedule_free(
 
         def moved(u: Tensor, y: Tensor, z: Tensor) -> Tensor:
             wide = compute_dtype(u, y, z)
-            a, b = c.to(u.device), state.b1.to(u.device)
+            a, b = c.to(u.device), now.to(u.device)
             # y' - y of the equations above: neither x nor a quotient by b1 is in it.
             return (a * (z.to(wide) - y.to(wide)) + (1 - b * (1 - a)) * u.to(wide)).to(u.dtype)
 
@@ -127,7 +128,7 @@ def schedule_free(
         before = select(state.step_count == 0, tree.map(lambda p, z: p.to(z.dtype), params, state.z), state.z)
         z = tree.map(stepped, before, updates)
         new = tree.map(moved, updates, params, before)
-        return new, ScheduleFreeState(state.b1.clone(), total, state.step_count + 1, max_lr, base_state, z)
+        return new, ScheduleFreeState(now, total, state.step_count + 1, max_lr, base_state, z)
 
     return transformation(init, update)
 
@@ -170,7 +171,7 @@ def schedule_free_sgd(
     b1: Scalar = 0.9,
     weight_decay: Scalar = 0.0,
     *,
-    warmup_steps: int = 0,
+    warmup_steps: int | None = 0,
     weight_lr_power: Scalar = 2.0,
     state_dtype: torch.dtype | None = None,
     mask: Any = None,
@@ -214,7 +215,7 @@ def schedule_free_adamw(
     eps: Scalar = 1e-8,
     weight_decay: Scalar = 0.0,
     *,
-    warmup_steps: int = 0,
+    warmup_steps: int | None = 0,
     weight_lr_power: Scalar = 2.0,
     state_dtype: torch.dtype | None = None,
     mask: Any = None,
@@ -253,9 +254,8 @@ def schedule_free_adamw(
     return schedule_free(base, rate, betas[0], weight_lr_power, state_dtype)
 
 
-def _warmed_up(lr: ScalarOrSchedule, warmup_steps: int) -> ScalarOrSchedule:
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
+def _warmed_up(lr: ScalarOrSchedule, warmup_steps: int | None) -> ScalarOrSchedule:
+    warmup_steps = integer("warmup_steps", warmup_steps or 0, 0)  # Optax's default is None
     rate: Any = scalar_or_schedule("lr", lr, at_least=0)
     if warmup_steps == 0:
         return rate

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optfn import random, tree
-from optfn.checks import alias, check_state, number, require
+from optfn.checks import alias, check_state, integer, number, require
 from optfn.compose import chain
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned, leafwise
@@ -38,6 +38,8 @@ def hutchinson_estimator_diag_hessian(random_seed: int | Tensor | None = None) -
     r"""Replace updates by an estimate of the diagonal of the Hessian, with random signs :math:`r`.
 
     .. math:: u = r \odot \nabla^2 f(p)\, r, \qquad r_i = \pm 1, \qquad \mathrm{E}\, u_i = \nabla^2_{ii} f(p)
+
+    Where a mask or a partition hides parameters, ``obj_fn`` is handed None for them, and fills them in itself.
 
     It is exact where the Hessian is diagonal. What comes in is not read. An update costs some gradients of ``obj_fn``, which is to
     be handed to it: ``tx.update(grads, state, params, obj_fn=lambda params: loss(params, batch))``. The signs are Optax's with the
@@ -168,8 +170,7 @@ def scale_by_sophia(
     b1, gamma = number("b1", b1, at_least=0, below=1), number("gamma", gamma, at_least=0)
     eps = number("eps", eps, above=0)
     rho = None if clip_threshold is None else number("clip_threshold", clip_threshold, above=0)
-    if update_interval < 1:
-        raise ValueError(f"update_interval must be >= 1, got {update_interval}")
+    update_interval = integer("update_interval", update_interval, 1)
     estimator = hessian_diagonal_fn if hessian_diagonal_fn is not None else hutchinson_estimator_diag_hessian()
     check_transformation(estimator, "scale_by_sophia", "scale_by_sophia(hessian_diagonal_fn=tx)")
     average = ema(b2, debias=False)
@@ -196,7 +197,7 @@ def scale_by_sophia(
             return average.update(found, state.curvature, params)[1], hessian_fn_state
 
         # The rule is shown the curvature in the place of the parameters.
-        h = tree.map(lambda p, h: h, params, state.curvature.slots.ema)
+        h = tree.map(lambda p, h: h, params, *state.curvature.slots)
         new, momentum = scaled.update(updates, state.momentum, h)
         due = state.count % update_interval == 0
         curvature, hessian_fn_state = tree.cond(due, estimated, lambda: (state.curvature, state.hessian_fn_state))

@@ -155,7 +155,10 @@ def clip(tree: Any, min_value: Scalar | None = None, max_value: Scalar | None = 
     """
 
     def held(x: Tensor) -> Tensor:
-        low, high = (None if b is None else torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in (min_value, max_value))
+        low, high = (
+            None if b is None else torch.as_tensor(b, dtype=x.dtype if x.is_floating_point() else None, device=x.device)
+            for b in (min_value, max_value)
+        )
         return x if low is None and high is None else x.clamp(low, high)
 
     return map(held, tree)

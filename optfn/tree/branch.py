@@ -27,7 +27,8 @@ def cond(pred: bool | Tensor, true_fn: Callable[[], Any], false_fn: Callable[[],
         false_fn: called where it does not.
 
     Raises:
-        ValueError: the structures differ, where both functions are called.
+        TypeError: another predicate; where both functions are called: shapes or dtypes differ.
+        ValueError: where both functions are called: the structures differ.
 
     Example:
         >>> step = torch.tensor(20)
@@ -35,10 +36,21 @@ def cond(pred: bool | Tensor, true_fn: Callable[[], Any], false_fn: Callable[[],
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    given: Any = pred
+    if not isinstance(given, bool) and not (isinstance(given, Tensor) and given.dtype == torch.bool and given.ndim == 0):
+        got = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"cond: the predicate must be a bool or a 0-dim bool tensor, got {got}")
     if not decided(pred):
-        marked: Any = pred if torch.compiler.is_exporting() else decides(pred)  # type: ignore[arg-type]
-        return map(lambda x, y: x if x is y else torch.where(marked, x, y), true_fn(), false_fn())
+        marked: Any = given if torch.compiler.is_exporting() else decides(given)
+        return map(lambda x, y: x if x is y else torch.where(marked, *_alike(x, y)), true_fn(), false_fn())
     return true_fn() if pred else false_fn()
+
+
+def _alike(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    if not all(isinstance(z, Tensor) for z in (x, y)) or (x.shape, x.dtype) != (y.shape, y.dtype):
+        said = [f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__ for z in (x, y)]
+        raise TypeError(f"cond: both functions must give tensors of one shape and dtype, got {' and '.join(said)}")
+    return x, y
 
 
 def decided(pred: bool | Tensor) -> bool:

@@ -554,6 +554,8 @@ def map_params(f: Callable[..., Any], state: Any, params: Any, *rest: Any, other
         >>> map_params(lambda x: x.to(torch.bfloat16), state, params).slots.mu
         {'w': tensor([0., 0.], dtype=torch.bfloat16)}
     """
+    if not callable(f) or callable(state):
+        raise TypeError("map_params: call map_params(f, state, params), the function first and no transformation")
     likes: list[Any] = []
     spec = _Structure(params, likes)  # optree would write out the tensors of every part that does not fit
     others = [match(spec, tree, f"tree {i + 1} of rest", "params") for i, tree in enumerate(rest)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import check_state, number, require
+from optfn.checks import check_state, integer, number, require
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.numerics import Scalar, compute_dtype
 from optfn.wrappers.finite import select
@@ -90,7 +90,7 @@ def lookahead(
         tensor([1.]) tensor([1.])
     """
     check_transformation(fast_optimizer, "lookahead", "lookahead(tx, sync_period, slow_step_size)")
-    period, alpha = number("sync_period", sync_period, at_least=1), number("slow_step_size", slow_step_size, at_least=0)
+    period, alpha = integer("sync_period", sync_period, 1), number("slow_step_size", slow_step_size, at_least=0)
 
     def init(params: Any) -> LookaheadState:
         fast = params.fast if isinstance(params, LookaheadParams) else params

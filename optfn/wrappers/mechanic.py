@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import check_state, number
+from optfn.checks import check_state, integer, number
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import CoupledState, coupled
 from optfn.numerics import Scalar, as_real, compute_dtype, full_like, sqrt
@@ -99,7 +99,7 @@ def mechanize(
     """
     check_transformation(base_optimizer, "mechanize", "mechanize(tx)")
     decay, eps = number("weight_decay", weight_decay, at_least=0), number("eps", eps, at_least=0)
-    s_init, count = number("s_init", s_init, above=0), int(number("num_betas", num_betas, at_least=1))
+    s_init, count = number("s_init", s_init, above=0), integer("num_betas", num_betas, 1)
 
     def moved(start: Tensor, p: Tensor, scale: Tensor) -> Tensor:
         """Optax's sign: what the inner updates have summed up to, negated."""
