@@ -10,7 +10,7 @@ from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
 from optfn.matrices import MuonDimensionNumbers, as_matrices, as_tensor, with_numbers
-from optfn.numerics import Scalar, bias_correction, compute_dtype, lerp
+from optfn.numerics import Scalar, bias_correction, compute_dtype, lerp, norm
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -152,7 +152,8 @@ def _size(x: Tensor, preconditioning: Preconditioning, eps: Scalar, eps_floor: b
 
 
 def _frobenius(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    # Of one matrix it is a 0-dim tensor, which optfn.compile keeps apart from what it leaves to the products of matrices.
+    return norm(x) if x.ndim == 2 else torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
 def _mixed(a: Scalar, x: Tensor, b: Scalar, y: Tensor, z: Tensor) -> Tensor:
