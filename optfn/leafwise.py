@@ -221,7 +221,8 @@ def coupled(
             makes it of the parameters.
         at_step: as in :func:`leafwise`.
         needs_params: whether the rule reads ``p``.
-        extra: the names of arguments of the transformation's update that ``decide`` needs, such as ``"value"``, the loss.
+        extra: the names of arguments of the transformation's update that ``decide`` needs, such as ``"value"``, the loss: numbers
+            or 0-dim tensors, which it is handed as tensors of the dtype of the sums.
         complex_: as in :func:`leafwise`.
 
     Returns:
@@ -274,7 +275,8 @@ def coupled(
         sums = [torch.stack(x).to(sweep.step.device) for x in contributed]
         wide = compute_dtype(*sums)
         totals = torch.stack([x.to(wide) for x in sums]).sum(0).unbind()
-        decided = decide(state.shared, totals, **{name: given[name] for name in extra})
+        numbers = {name: torch.as_tensor(given[name], dtype=wide, device=sweep.step.device) for name in extra}
+        decided = decide(state.shared, totals, **numbers)
         decided = decided._make([_narrowed(x, like) for x, like in zip(decided, state.shared, strict=True)])
         directions = leaves.grads.copy()
         for i, g, p in present:
@@ -381,9 +383,8 @@ def check_dense(owner: str, leaves: Leaves) -> None:
     """
     for i, g in enumerate(leaves.grads):
         if g is not None and g.layout != torch.strided:
-            path = tree.paths(leaves.updates)[i]
-            where = repr(path) if path else "the tensor"
-            raise TypeError(f"{owner}: {where} has a sparse gradient, which {owner} does not take: make it dense, .to_dense()")
+            said = f"{owner}: {_place(leaves.updates, i)} has a sparse gradient, which {owner} does not take"
+            raise TypeError(f"{said}: make it dense, .to_dense()")
 
 
 _ADVICE = "; updates are the gradients, not the loss, and None for a parameter that has none"
@@ -391,8 +392,12 @@ _ADVICE = "; updates are the gradients, not the loss, and None for a parameter t
 
 def _where(rule: Rule, of: Any, i: int) -> str:
     # Names are looked up here, not when a transformation is made: Dynamo of torch 2.11 cannot trace that.
+    return f"{rule_name(rule)}: {_place(of, i)}"
+
+
+def _place(of: Any, i: int) -> str:
     path = tree.paths(of)[i]
-    return f"{rule_name(rule)}: {repr(path) if path else 'the tensor'}"
+    return repr(path) if path else "the tensor"
 
 
 def _check_complex(x: Tensor, complex_: Complex, rule: Rule, of: Any, i: int) -> None:

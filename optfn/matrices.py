@@ -10,7 +10,15 @@ from optfn import tree
 from optfn.core import GradientTransformation
 from optfn.leafwise import Leaves, Sweep, begin_of, lifted
 
-__all__ = ["GaLoreDimensionNumbers", "MuonDimensionNumbers", "as_matrices", "as_tensor", "numbers_of", "with_numbers"]
+__all__ = [
+    "GaLoreDimensionNumbers",
+    "MuonDimensionNumbers",
+    "as_matrices",
+    "as_tensor",
+    "matrix_shape",
+    "numbers_of",
+    "with_numbers",
+]
 
 
 class MuonDimensionNumbers(NamedTuple):
@@ -57,8 +65,19 @@ def as_matrices(x: Tensor, numbers: MuonDimensionNumbers) -> Tensor:
         torch.Size([75, 8])
     """
     batch, rows, columns = _groups(x.shape, numbers)
-    sizes = [math.prod([x.shape[i] for i in group]) for group in (batch, rows, columns)]
-    return x.permute(*batch, *rows, *columns).reshape(sizes if batch else sizes[1:])
+    sizes = (math.prod([x.shape[i] for i in batch]),) if batch else ()
+    return x.permute(*batch, *rows, *columns).reshape(*sizes, *matrix_shape(x.shape, numbers))
+
+
+def matrix_shape(shape: torch.Size, numbers: MuonDimensionNumbers) -> tuple[int, int]:
+    """How many rows and columns the matrices of a tensor have.
+
+    Example:
+        >>> matrix_shape(torch.Size([8, 3, 5, 5]), MuonDimensionNumbers((1, 2, 3), 0))
+        (75, 8)
+    """
+    _, rows, columns = _groups(shape, numbers)
+    return math.prod([shape[i] for i in rows]), math.prod([shape[i] for i in columns])
 
 
 def as_tensor(x: Tensor, like: Tensor, numbers: MuonDimensionNumbers) -> Tensor:

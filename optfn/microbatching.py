@@ -523,7 +523,7 @@ def _grad(
 ) -> tuple[Any, ...]:
     """The gradient, the value and what comes besides it."""
     places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    present, rebuilt = _tensors(tuple(args[i] for i in places))
+    present, rebuilt = trees.tensors(tuple(args[i] for i in places))
     of_aux: list[Callable[..., Any]] = []
 
     def of_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -531,7 +531,7 @@ def _grad(
         for i, x in zip(places, rebuilt(tensors), strict=True):
             given[i] = x
         value, aux = fun(*given, **kwargs) if has_aux else (fun(*given, **kwargs), None)
-        found, rebuilt_aux = _tensors(aux)
+        found, rebuilt_aux = trees.tensors(aux)
         of_aux.append(rebuilt_aux)
         return value, tuple(found)
 
@@ -555,26 +555,12 @@ def _vmapped(
         for i, x in zip(places, tensors, strict=True):
             filled[i] = x
         args, kwargs = trees.unflatten(spec, filled)
-        results, rebuilt = _tensors(fun(*args, **kwargs))
+        results, rebuilt = trees.tensors(fun(*args, **kwargs))
         of_results.append(rebuilt)
         return tuple(results)
 
     results = vmap_fn(of_tensors, tuple(every[i] for i in places), 0)(*[found[i] for i in places])
     return of_results[-1](results)
-
-
-def _tensors(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The leaves that there are, and what makes the tree of others in their place."""
-    found, spec = trees.flatten(tree)
-    count, places = len(found), [i for i, x in enumerate(found) if x is not None]
-
-    def rebuilt(present: Sequence[Any]) -> Any:
-        filled: list[Any] = [None] * count
-        for i, x in zip(places, present, strict=True):
-            filled[i] = x
-        return trees.unflatten(spec, filled)
-
-    return [found[i] for i in places], rebuilt
 
 
 Places = Sequence[tuple[int | str, int]]

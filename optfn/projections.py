@@ -286,9 +286,11 @@ def _l1_sphere(x: Tensor, s: Scalar) -> Tensor:
 def _together(f: Callable[[Tensor], Tensor], of: Any) -> Any:
     """``f`` of all entries of a tree as one vector, float32 at least."""
     found, spec = trees.flatten(of)
-    for path, x in zip(trees.paths(of), found, strict=True):
+    for i, x in enumerate(found):
         if x is not None and not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"a projection takes floating-point tensors, got {x.dtype} at {path!r}: convert it, .float()")
+            raise TypeError(
+                f"a projection takes floating-point tensors, got {x.dtype} at {trees.paths(of)[i]!r}: convert it, .float()"
+            )
     if not trees.size(of):
         return of
     return trees.unflatten(spec, numerics.unravel(f(numerics.ravel(found)), found))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from optfn.compile.internals import OpOverload
+from optfn.compile.internals import is_computed
 
 __all__ = ["Branch", "take_branches"]
 
@@ -144,4 +144,4 @@ def _side(inputs: list[Node], nodes: list[Node], results: list[Any]) -> Graph:
 def _is_own(results: list[Any], i: int) -> bool:
     """Whether a result is in memory of its own: computed, no view, and not given twice."""
     n = results[i].args[0] if results[i].target is operator.getitem else results[i]
-    return isinstance(n.target, OpOverload) and not n.target.is_view and results[i] not in results[:i]
+    return is_computed(n.target) and results[i] not in results[:i]

@@ -125,6 +125,11 @@ def is_pure(target: Any) -> bool:
     return not {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}.intersection(target.tags)
 
 
+def is_computed(target: Any) -> bool:
+    """Whether what a graph's target gives is in memory of its own."""
+    return isinstance(target, OpOverload) and not target.is_view
+
+
 def fake_mode() -> Any:
     """A mode in which calls give fake tensors, which have no numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode

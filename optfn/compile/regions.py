@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from optfn.compile.branches import take_branches
 from optfn.compile.costs import Work, not_worth, work_of
 from optfn.compile.failing import check_indices
-from optfn.compile.internals import KEEPS_ORDER, OpOverload
+from optfn.compile.internals import KEEPS_ORDER, is_computed
 from optfn.compile.phases import Phases, connected, is_write, phases_of
 from optfn.compile.rewrites import keep_digits, round_every_result, sum_by_rows
 from optfn.compile.scalars import together
@@ -398,7 +398,7 @@ def _in_order(graph: Graph) -> Compiled:
     """The calls of a graph, one after the other. What they give has the strides that generated code expects."""
     for n in list(graph.nodes):
         # What has just been computed is in memory of its own.
-        if n.target is torch.ops.optfn.copy.default and _is_computed(n.args[0]) and all(map(is_write, n.users)):
+        if n.target is torch.ops.optfn.copy.default and is_computed(n.args[0].target) and all(map(is_write, n.users)):
             n.replace_all_uses_with(n.args[0])
             graph.erase_node(n)
     run = torch.fx.GraphModule({}, graph).forward
@@ -416,10 +416,6 @@ def _in_order(graph: Graph) -> Compiled:
         return results
 
     return call
-
-
-def _is_computed(n: Any) -> bool:
-    return isinstance(n.target, OpOverload) and not n.target.is_view
 
 
 def _is_complex(n: Node) -> bool:

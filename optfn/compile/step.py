@@ -429,7 +429,7 @@ def _write(graph: Graph, targets: dict[int, int]) -> list[Any]:
 
 
 def _is_new(n: Node) -> bool:
-    return isinstance(n.target, internals.OpOverload) and not n.target.is_view and not n.meta["val"].is_complex()
+    return internals.is_computed(n.target) and not n.meta["val"].is_complex()
 
 
 class _Calls:

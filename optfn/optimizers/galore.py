@@ -10,7 +10,7 @@ from optfn.checks import alias, check_state, integer, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned, check_dense, leafwise
-from optfn.matrices import GaLoreDimensionNumbers, as_matrices, as_tensor, numbers_of
+from optfn.matrices import GaLoreDimensionNumbers, as_matrices, as_tensor, matrix_shape, numbers_of
 from optfn.numerics import Scalar, compute_dtype
 from optfn.optimizers.adam import scale_by_adam
 from optfn.schedules import ScalarOrSchedule
@@ -166,7 +166,7 @@ def _back(scale: Scalar, projector: Tensor, u: Tensor, g: Tensor, numbers: GaLor
     """An update of the subspace as one of the tensor."""
     dtype = compute_dtype(u, projector)
     full = scale * (projector.to(dtype) @ u.to(dtype))
-    full = full if full.shape[-2:] == as_matrices(g, numbers).shape[-2:] else full.mT
+    full = full if full.shape[-2:] == matrix_shape(g.shape, numbers) else full.mT
     return as_tensor(full, g, numbers).to(g.dtype)
 
 

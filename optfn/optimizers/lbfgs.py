@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import alias, check_state, number, require, scalar_or_schedule
+from optfn.checks import alias, check_state, integer, number, require, scalar_or_schedule
 from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
 from optfn.numerics import Scalar, as_real, norm, ratio, ravel, unravel
@@ -292,8 +292,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         >>> params["w"].abs().max() < 1e-4
         tensor(True)
     """
-    if memory_size < 1:
-        raise ValueError(f"memory_size must be >= 1, got {memory_size}")
+    memory_size = integer("memory_size", memory_size, 1)
     # Rules that do nothing: what the lift checks of params and gradients is checked of these.
     params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots))
     grads_checked = stateless_with_tree_map(lambda g, p: g, elementwise=False, needs_params=True)
@@ -301,7 +300,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
     def init(params: Any) -> ScaleByLBFGSState:
         params_checked.init(params)
         like = _ravel(tree.leaves(params), owner="scale_by_lbfgs")
-        zeros = [tree.map(lambda p: torch.zeros_like(p.detach()), params) for _ in range(2)]
+        zeros = [tree.zeros_like(params) for _ in range(2)]
         memory = [tree.map(lambda p: p.detach().new_zeros(memory_size, *p.shape), params) for _ in range(2)]
         return ScaleByLBFGSState._make((tree.new_count(params), *zeros, *memory, like.new_zeros(memory_size)))
 

@@ -120,8 +120,8 @@ def scale_by_polyak(
     def measure(g: Tensor, slots: Any, p: Any, step: Any, shared: PolyakShared) -> tuple[tuple[Tensor], Any]:
         return (g.square().sum(),), slots
 
-    def decide(shared: PolyakShared, sums: tuple[Tensor, ...], value: Any) -> PolyakShared:
-        size, gap = sums[0] + eps, torch.as_tensor(value, dtype=sums[0].dtype, device=sums[0].device) - f_min
+    def decide(shared: PolyakShared, sums: tuple[Tensor, ...], value: Tensor) -> PolyakShared:
+        size, gap = sums[0] + eps, value - f_min
         gap = gap.clamp_min(0) if variant == "sps+" else gap
         step_size = ratio(gap, torch.where(size <= _SMALLEST, 0, size))
         return PolyakShared(torch.clamp(step_size, max=bound))
@@ -199,9 +199,9 @@ def scale_by_momo(
         mu = torch.where(step == 1, g, lerp(slots.mu, g, 1 - beta))
         return ((g * p).sum(), mu.square().sum(), (mu * p).sum()), MomoSlots(mu)
 
-    def decide(shared: MomoShared, sums: tuple[Tensor, ...], value: Any) -> MomoShared:
+    def decide(shared: MomoShared, sums: tuple[Tensor, ...], value: Tensor) -> MomoShared:
         product, *others = sums
-        first, value = shared.count == 0, torch.as_tensor(value, dtype=product.dtype, device=product.device)
+        first = shared.count == 0
         shared = shared._replace(loss=torch.where(first, value, lerp(shared.loss, value, 1 - beta)))
         product = torch.where(first, product, lerp(shared.product, product, 1 - beta))
         return _step_size(shared, (product, *others), lr, 1.0, bound, adapt_lower_bound, decay)
@@ -269,9 +269,8 @@ def scale_by_momo_adam(
         mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
         return ((g * p).sum(), (mu * mu / (sqrt(nu / weight) + eps)).sum(), (mu * p).sum()), MomoAdamSlots(mu, nu)
 
-    def decide(shared: MomoShared, sums: tuple[Tensor, ...], value: Any) -> MomoShared:
+    def decide(shared: MomoShared, sums: tuple[Tensor, ...], value: Tensor) -> MomoShared:
         product, *others = sums
-        value = torch.as_tensor(value, dtype=product.dtype, device=product.device)
         shared = shared._replace(loss=lerp(shared.loss, value, 1 - b1))
         product = lerp(shared.product, product, 1 - b1)
         weight = bias_correction(b1, (shared.count + 1).to(product.dtype))

@@ -9,7 +9,7 @@ from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
-from optfn.matrices import MuonDimensionNumbers, as_matrices, as_tensor, with_numbers
+from optfn.matrices import MuonDimensionNumbers, as_matrices, as_tensor, matrix_shape, with_numbers
 from optfn.numerics import Scalar, bias_correction, compute_dtype, lerp, norm
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
@@ -198,7 +198,7 @@ def scale_by_shape(
     def scaled(g: Tensor, p: Any, numbers: MuonDimensionNumbers = _AS_IN_TORCH) -> Tensor:
         if weight_dimension_numbers is None:
             _check_matrix(g)
-        m, n = as_matrices(g, numbers).shape[-2:]
+        m, n = matrix_shape(g.shape, numbers)
         return g * (max(1, n / max(m, 1)) ** 0.5 if rms is None else rms * max(n, m) ** 0.5)
 
     return with_numbers(stateless_with_tree_map(scaled, elementwise=False, complex_="error"), weight_dimension_numbers)

@@ -164,7 +164,7 @@ def scale_by_backtracking_linesearch(
     def init(params: Any) -> ScaleByBacktrackingLinesearchState:
         one, count = _one(params), tree.new_count(params)
         info = BacktrackingLinesearchInfo(count, torch.inf * one)
-        return ScaleByBacktrackingLinesearchState(one, torch.inf * one, _zeros(params) if store_grad else (), info)
+        return ScaleByBacktrackingLinesearchState(one, torch.inf * one, tree.zeros_like(params) if store_grad else (), info)
 
     def update(
         updates: Any,
@@ -375,7 +375,7 @@ def scale_by_zoom_linesearch(
     def init(params: Any) -> ScaleByZoomLinesearchState:
         one, count = _one(params), tree.new_count(params)
         info = ZoomLinesearchInfo(count, torch.inf * one, torch.inf * one)
-        return ScaleByZoomLinesearchState(one, torch.inf * one, _zeros(params), info)
+        return ScaleByZoomLinesearchState(one, torch.inf * one, tree.zeros_like(params), info)
 
     def update(
         updates: Any,
@@ -511,12 +511,7 @@ def _searched(trial: Callable[[State], State], state: State, over: Callable[[Sta
 
 def _read(x: Tensor) -> bool | None:
     """A 0-dim bool, None where it cannot be read: within vmap, on the meta device, and while a step is traced."""
-    if torch.compiler.is_compiling() or x.is_meta:
-        return None
-    try:
-        return bool(x)
-    except RuntimeError:
-        return None
+    return bool(x) if tree.decided(x) else None
 
 
 def _inside(low: _Point, high: _Point, third: _Point) -> Tensor:
@@ -551,16 +546,8 @@ def _with_arguments(function: Callable[..., Any], extra: Mapping[str, Any]) -> C
 
 def _with_pullback(function: Callable[..., Any], params: Any) -> tuple[Any, Callable[[], Any]]:
     """The value of a function, and what gives its gradient when that is wanted."""
-    leaves, spec = tree.flatten(params)
-    places = [i for i, x in enumerate(leaves) if x is not None]
-
-    def rebuilt(present: Any) -> Any:
-        filled: list[Any] = [None] * len(leaves)
-        for i, x in zip(places, present, strict=True):
-            filled[i] = x
-        return tree.unflatten(spec, filled)
-
-    value, pullback, *_ = torch.func.vjp(lambda *present: function(rebuilt(present)), *(leaves[i] for i in places))
+    present, rebuilt = tree.tensors(params)
+    value, pullback, *_ = torch.func.vjp(lambda *present: function(rebuilt(present)), *present)
     return value, lambda: rebuilt(pullback(torch.ones_like(value)))
 
 
@@ -582,7 +569,3 @@ def _one(params: Any) -> Tensor:
     found, _ = tree.checked(params, "params")
     device = next((p.device for p in found if p is not None), None)
     return torch.ones((), dtype=real_dtype(compute_dtype(*found)), device=device)
-
-
-def _zeros(params: Any) -> Any:
-    return tree.map(lambda p: torch.zeros_like(p.detach()), params)

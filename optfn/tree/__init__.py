@@ -65,6 +65,7 @@ from optfn.tree.structure import checked as checked
 from optfn.tree.structure import differences as differences
 from optfn.tree.structure import fit as fit
 from optfn.tree.structure import new_count as new_count
+from optfn.tree.structure import tensors as tensors
 
 __all__ = [
     "add",

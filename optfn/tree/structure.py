@@ -2,7 +2,7 @@
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -312,6 +312,26 @@ def global_norm(tree: Any, order: float = 2.0) -> Tensor:
     return numerics.global_norm(leaves(tree), order)
 
 
+def tensors(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The leaves that there are, which is what :mod:`torch.func` takes, and what makes the tree of others in their place.
+
+    Example:
+        >>> found, rebuilt = tensors({"a": torch.ones(1), "b": None})
+        >>> rebuilt([2 * x for x in found])
+        {'a': tensor([2.]), 'b': None}
+    """
+    found, spec = flatten(tree)
+    count, places = len(found), [i for i, x in enumerate(found) if x is not None]
+
+    def rebuilt(present: Sequence[Any]) -> Any:
+        filled: list[Any] = [None] * count
+        for i, x in zip(places, present, strict=True):
+            filled[i] = x
+        return unflatten(spec, filled)
+
+    return [found[i] for i in places], rebuilt
+
+
 def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, Any]]:
     """The function that gives the value of ``fun`` and its gradient, a tree like its argument, None where that is None.
 
@@ -326,16 +346,8 @@ def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, A
     """
 
     def both(tree: Any) -> tuple[Tensor, Any]:
-        found, spec = flatten(tree)
-        places = [i for i, x in enumerate(found) if x is not None]
-
-        def rebuilt(present: list[Any]) -> Any:
-            filled: list[Any] = [None] * len(found)
-            for i, x in zip(places, present, strict=True):
-                filled[i] = x
-            return unflatten(spec, filled)
-
-        grads, value = torch.func.grad_and_value(lambda present: fun(rebuilt(present)))(leaves(tree))
+        present, rebuilt = tensors(tree)
+        grads, value = torch.func.grad_and_value(lambda present: fun(rebuilt(present)))(present)
         return value, rebuilt(grads)
 
     return both
