@@ -167,7 +167,6 @@ PAIRS = {
 }
 
 SEARCHED = {
-    "donated": Declared("what is differentiated within a step is not proven, so Dynamo takes it", AssertionError, "was not traced"),
     "grad": Declared("the step size is a constant to a derivative", AssertionError, "Scalars are not close"),
     "export": Declared("torch.export (2.13) fails on 3 * x, 0-dim, which torch.func differentiates", RuntimeError, "data pointer"),
     "none": Declared("the state has the gradient of a leaf that sits the step out, too", AssertionError, "grad.c has changed"),
