@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "check_schedule",
     "check_state",
     "check_step",
+    "each_leaf",
     "integer",
     "is_zero",
     "not_its_state",
@@ -196,6 +197,39 @@ def rule_name(function: Callable[..., Any]) -> str:
     """
     function = getattr(function, "begin", function)  # of an update that is lifted
     return function.__qualname__.split(".<locals>")[0].rsplit(".", 1)[-1]
+
+
+def each_leaf(name: str, function: Callable[[str, Any], Any], paths: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
+    """What a function of a path and a leaf, the argument ``name``, says of each leaf, None of one that is None.
+
+    Raises:
+        TypeError: the function does not take these two, as Optax's, which take the whole tree, do not.
+
+    Example:
+        >>> each_leaf("mask", lambda params: {"w": True}, ["w"], [torch.ones(1)])
+        Traceback (most recent call last):
+        ...
+        TypeError: mask: the function is called for each leaf with its dotted path and the leaf, lambda path, p: ..., and does not
+        take these two; for one that takes the whole tree, as in Optax, give what it returns, f(params), as the mask
+    """
+    try:
+        return [None if x is None else function(path, x) for path, x in zip(paths, leaves, strict=True)]
+    except TypeError as error:
+        if _takes_two(function):
+            raise
+        wanted = "is called for each leaf with its dotted path and the leaf, lambda path, p: ..."
+        optax = f"for one that takes the whole tree, as in Optax, give what it returns, f(params), as the {name}"
+        raise TypeError(f"{name}: the function {wanted}, and does not take these two; {optax}") from error
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind("path", None)
+    except TypeError:
+        return False
+    except ValueError:  # a function without a signature
+        pass
+    return True
 
 
 def alias(function: Callable[P, R]) -> Callable[P, R]:

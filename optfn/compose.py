@@ -1,14 +1,13 @@
 """Putting transformations together: one after the other, on some of the leaves, on each its own."""
 
-import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from optfn import tree
-from optfn.checks import check_state, not_its_state
-from optfn.core import GradientTransformation, check_transformation, identity, is_elementwise, transformation
+from optfn.checks import check_state, each_leaf, not_its_state
+from optfn.core import GradientTransformation, check_transformation, identity, in_form, is_elementwise, transformation
 from optfn.leafwise import Leaves, Sweep, aligned, begin_of, lifted, stateless_with_tree_map
 
 __all__ = [
@@ -142,17 +141,21 @@ class MaskedState(NamedTuple):
     inner_state: Any
 
 
-def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
+def masked(inner: GradientTransformation, mask: Mask, *, mask_compatible_extra_args: bool = False) -> GradientTransformation:
     """Apply a transformation to the leaves that a mask chooses; the updates of the others *pass as they are*.
 
     The inner transformation sees the others as None and holds no state for them. Passing is what a mask inside a
     chain needs (``masked(add_decayed_weights(0.1), matrices)``); ``masked(sgd(...), mask)`` alone would *add the gradients*
     of the other leaves to them: there use :func:`partition` with :func:`freeze`.
 
+    A function among the extra arguments of an update, such as ``obj_fn`` of :func:`sophia` or ``grad_fn`` of :func:`sam`, is handed
+    all parameters, the hidden ones as they are, and of gradients that it gives the inner transformation sees its own.
+
     Args:
         inner: the transformation.
         mask: True for the leaves it applies to: a tree or prefix of bools, or a function ``(path, leaf) -> bool``, which
             may use the dotted path, the shape and the dtype, never the values.
+        mask_compatible_extra_args: whether leaves are hidden in extra arguments too that are trees like the parameters.
 
     Raises:
         ValueError: the mask's structure is no prefix of the params'.
@@ -172,7 +175,7 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         check_state("masked", state, MaskedState)
         updates = _like_params(updates, params)
         chosen = _resolve(mask, updates if params is None else params, "mask", bool)
-        seen = None if params is None else _only(True, chosen, params)
+        seen, extra = _shown(True, chosen, params, extra, mask_compatible_extra_args)
         new, inner_state = inner.update(_only(True, chosen, updates), state.inner_state, seen, **extra)
         return _choose(updates, [(True, new)], chosen), MaskedState(inner_state)
 
@@ -189,13 +192,18 @@ class PartitionState(NamedTuple):
     inner_states: dict[Hashable, Any]
 
 
-def partition(transformations: Mapping[Hashable, GradientTransformation], labels: Mask) -> GradientTransformation:
+def partition(
+    transforms: Mapping[Hashable, GradientTransformation], param_labels: Mask, *, mask_compatible_extra_args: bool = False
+) -> GradientTransformation:
     """Give each leaf to the transformation that its label names.
 
+    Functions among the extra arguments of an update are handed all parameters, as in :func:`masked`.
+
     Args:
-        transformations: label to transformation.
-        labels: a tree or prefix of labels, or a function ``(path, leaf) -> label``, which may use the dotted path, the
+        transforms: label to transformation.
+        param_labels: a tree or prefix of labels, or a function ``(path, leaf) -> label``, which may use the dotted path, the
             shape and the dtype, never the values.
+        mask_compatible_extra_args: as in :func:`masked`.
 
     Raises:
         ValueError: at ``init``: a leaf has a label that no transformation has, or a transformation has a label that no leaf has.
@@ -207,41 +215,41 @@ def partition(transformations: Mapping[Hashable, GradientTransformation], labels
         >>> tx.update(params, tx.init(params), params)[0]
         {'head': tensor([-0.1000]), 'body': None}
     """
-    given: Any = transformations
+    given: Any = transforms
     if not isinstance(given, Mapping):
         got = type(given).__name__
         raise TypeError(f"partition takes a dict, label to transformation, and labels, got {got}: partition({{'a': tx}}, labels)")
-    for tx in transformations.values():
+    for tx in transforms.values():
         check_transformation(tx, "partition")
 
     def init(params: Any) -> PartitionState:
-        owners = _resolve(labels, params, "labels")
+        owners = _resolve(param_labels, params, "param_labels")
         used: dict[Hashable, str] = {}
         for path, label, p in zip(tree.paths(params), tree.flatten(owners)[0], tree.flatten(params)[0], strict=True):
             if p is not None:
                 used.setdefault(label, path)
-        known = ", ".join(map(repr, transformations))
+        known = ", ".join(map(repr, transforms))
         for label, path in used.items():
-            if label is None or label not in transformations:
+            if label is None or label not in transforms:
                 raise ValueError(f"partition: {path!r} has the label {label!r}, which is none of {known}")
-        for label in transformations if used else ():  # where there are no leaves there is nothing to give
+        for label in transforms if used else ():  # where there are no leaves there is nothing to give
             if label not in used:
                 raise ValueError(f"partition: no leaf has the label {label!r}; the labels are {', '.join(map(repr, used))}")
-        return PartitionState({label: tx.init(_only(label, owners, params)) for label, tx in transformations.items()})
+        return PartitionState({label: tx.init(_only(label, owners, params)) for label, tx in transforms.items()})
 
     def update(updates: Any, state: PartitionState, params: Any = None, **extra: Any) -> tuple[Any, PartitionState]:
         check_state("partition", state, PartitionState)
         updates = _like_params(updates, params)
-        owners = _resolve(labels, updates if params is None else params, "labels")
+        owners = _resolve(param_labels, updates if params is None else params, "param_labels")
         parts: list[tuple[Hashable, Any]] = []
         states: dict[Hashable, Any] = {}
-        for label, tx in transformations.items():
-            seen = None if params is None else _only(label, owners, params)
-            part, states[label] = tx.update(_only(label, owners, updates), state.inner_states[label], seen, **extra)
+        for label, tx in transforms.items():
+            seen, given = _shown(label, owners, params, extra, mask_compatible_extra_args)
+            part, states[label] = tx.update(_only(label, owners, updates), state.inner_states[label], seen, **given)
             parts.append((label, part))
         return _choose(updates, parts, owners), PartitionState(states)
 
-    return transformation(init, update, elementwise=all(map(is_elementwise, transformations.values())))
+    return transformation(init, update, elementwise=all(map(is_elementwise, transforms.values())))
 
 
 multi_transform = partition
@@ -326,15 +334,7 @@ def _resolve(mask: Mask, like: Any, name: str, kind: type | None = None) -> Any:
     """The mask as a tree with one entry for each leaf of ``like``, None where that is None."""
     leaves, spec = tree.flatten(like)
     if callable(mask):
-        function: Callable[[str, Any], Any] = mask
-        try:
-            entries = [None if x is None else function(path, x) for path, x in zip(tree.paths(like), leaves, strict=True)]
-        except TypeError as error:
-            if not _takes_two(function):
-                wanted = "is called for each leaf with its dotted path and the leaf, lambda path, p: ..."
-                optax = f"for one that takes the whole tree, as in Optax, give what it returns, f(params), as the {name}"
-                raise TypeError(f"{name}: the function {wanted}, and does not take these two; {optax}") from error
-            raise
+        entries = each_leaf(name, mask, tree.paths(like), leaves)
     else:
         entries = [None if x is None else entry for entry, x in zip(_broadcast(mask, like, name), leaves, strict=True)]
     for i, (entry, x) in enumerate(zip(entries, leaves, strict=True)):
@@ -342,16 +342,6 @@ def _resolve(mask: Mask, like: Any, name: str, kind: type | None = None) -> Any:
             said = f"{name}: {tree.paths(like)[i]!r} must be a {kind.__name__}, got {type(entry).__name__}"
             raise TypeError(said + _by_name(mask))
     return tree.unflatten(spec, entries)
-
-
-def _takes_two(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind("path", None)
-    except TypeError:
-        return False
-    except ValueError:  # a function without a signature
-        pass
-    return True
 
 
 def _broadcast(prefix: Any, like: Any, name: str) -> list[Any]:
@@ -375,6 +365,21 @@ def _by_name(mask: Mask) -> str:
 def _only(label: Hashable, labels: Any, of: Any) -> Any:
     """A tree with None in place of the leaves that have another label."""
     return tree.map(lambda mine, x: x if mine == label else None, labels, of)
+
+
+def _shown(label: Hashable, labels: Any, params: Any, extra: dict[str, Any], trees: bool) -> tuple[Any, dict[str, Any]]:
+    """What a transformation sees of the parameters, those that have its label, and of the extra arguments."""
+    if params is None:
+        return None, extra
+    seen = _only(label, labels, params)
+
+    def whole(x: Any) -> Any:
+        """The parameters, and what ``x`` has in the place of those that are seen."""
+        if tree.flatten(x)[1] != tree.flatten(seen)[1]:
+            return x
+        return tree.map(lambda p, mine, new: new if mine == label else p, params, labels, x)
+
+    return seen, in_form(extra, params, lambda x: _only(label, labels, x), whole, trees=trees)
 
 
 def _choose(updates: Any, parts: list[tuple[Hashable, Any]], labels: Any) -> Any:

@@ -1,5 +1,6 @@
 """The pair that everything is: ``GradientTransformation``, and how its updates reach the parameters."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ __all__ = [
     "apply_updates",
     "check_transformation",
     "identity",
+    "in_form",
     "is_elementwise",
     "on_devices",
     "stateless",
@@ -30,7 +32,9 @@ class GradientTransformation(NamedTuple):
         init: ``init(params) -> state``. The state is a tree of tensors; it shares no memory with ``params``.
         update: ``update(updates, state, params=None, **extra) -> (updates, state)``. The first transformation of a
             chain is handed the gradients; the updates of the last one are *added* to the parameters by
-            :func:`apply_updates`. Extra arguments reach every transformation; what one does not use it passes on.
+            :func:`apply_updates`. Extra arguments reach every transformation; what one does not use it passes on. A
+            function among them (a ``value_fn``, ``obj_fn`` or ``grad_fn``) is one of all parameters, wherever it is called: it is
+            handed what :func:`masked` and :func:`partition` hide, and the tree that :func:`flatten` shows as one vector.
 
     None as an update means that this leaf sits the step out: its part of the state and its parameter stay as they are.
 
@@ -111,6 +115,57 @@ def stateless(f: Callable[[Any, Any], Any]) -> GradientTransformation:
 
     update.__qualname__ = getattr(f, "__qualname__", update.__qualname__)
     return transformation(lambda params: (), update)
+
+
+def in_form(
+    extra: dict[str, Any], params: Any, inward: Callable[[Any], Any], outward: Callable[[Any], Any], *, trees: bool = True
+) -> dict[str, Any]:
+    """Extra arguments of an update, for an inner transformation that is shown the parameters in another form.
+
+    A function is handed its first argument as ``outward`` makes it, and what it answers, or a part of the tuple that it answers,
+    goes ``inward`` where it is a tree like the parameters, as gradients are. Modules and classes stay what they are.
+
+    Args:
+        extra: the arguments.
+        params: the parameters, as the outer transformation has them.
+        inward: from their form to that of the inner transformation.
+        outward: the reverse, which leaves as it is what does not have the inner form.
+        trees: whether an argument that is a tree like the parameters goes inward too.
+
+    Example:
+        >>> to_list, to_dict = (lambda x: list(x.values())), (lambda x: dict(zip("ab", x)))
+        >>> given = {"size": 3, "fun": lambda p: p["a"] + p["b"]}
+        >>> in_form(given, {"a": 1.0, "b": 2.0}, to_list, to_dict)["fun"]([3.0, 4.0])
+        7.0
+    """
+    if not extra:
+        return extra
+    found, spec = tree.flatten(params)
+
+    def turned(x: Any) -> Any:
+        parts, given = tree.flatten(x)
+        if given == spec and (not spec.is_leaf() or _is_like(parts[0], found[0])):
+            return inward(x)
+        return tuple(map(turned, x)) if type(x) is tuple else x
+
+    def outer(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return turned(function(*map(outward, args[:1]), *args[1:], **kwargs))
+
+        return call
+
+    def given(x: Any) -> Any:
+        if callable(x) and not isinstance(x, Tensor | torch.nn.Module | type):
+            return outer(x)
+        return turned(x) if trees else x
+
+    return {name: given(x) for name, x in extra.items()}
+
+
+def _is_like(x: Any, p: Any) -> bool:
+    """Whether what is a bare tensor may be of a parameter that is one: a number, such as a loss, is none."""
+    return isinstance(x, Tensor) and isinstance(p, Tensor) and x.ndim > 0 and x.shape == p.shape
 
 
 def check_transformation(tx: Any, owner: str, example: str = "") -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
+from optfn.checks import each_leaf
 from optfn.core import GradientTransformation
 from optfn.leafwise import Leaves, Sweep, begin_of, lifted
 
@@ -97,7 +98,7 @@ def numbers_of(like: Any, given: Any) -> list[MuonDimensionNumbers | None]:
     """The dimension numbers of each leaf of a tree, None for one that has none; one kind for all, a tree, or a function.
 
     Raises:
-        TypeError: a leaf has something else.
+        TypeError: a leaf has something else, or a function does not take a path and a leaf.
         ValueError: a tree of another structure; a leaf has no such dimensions.
 
     Example:
@@ -109,7 +110,7 @@ def numbers_of(like: Any, given: Any) -> list[MuonDimensionNumbers | None]:
     if isinstance(given, MuonDimensionNumbers):
         found = [given] * len(leaves)
     elif callable(given):
-        found = [None if x is None else given(path, x) for path, x in zip(paths, leaves, strict=True)]
+        found = each_leaf("weight_dimension_numbers", given, paths, leaves)
     else:
         found = tree.match(spec, given, "weight_dimension_numbers", "params")
     for path, x, numbers in zip(paths, leaves, found, strict=True):

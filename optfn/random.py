@@ -160,6 +160,7 @@ def uniform(
         >>> uniform(key(7), (3,))
         tensor([0.6741, 0.9746, 0.3028])
     """
+    _check(key)
     low, high = (torch.as_tensor(x, dtype=dtype, device=key.device) for x in (minval, maxval))
     return torch.maximum(low, _fraction(key, shape, dtype, part) * (high - low) + low)
 
@@ -180,7 +181,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
     if dtype.is_complex:
         parts = (normal(k, shape, real_dtype(dtype), part=part) / math.sqrt(2) for k in split(key).unbind())
         return torch.complex(*parts)
-    lowest = -1 + torch.finfo(dtype).eps / 2  # the number after -1
+    lowest = -1 + _floating(dtype).eps / 2  # the number after -1
     return math.sqrt(2) * torch.erfinv(uniform(key, shape, dtype, lowest, 1.0, part=part))
 
 
@@ -224,9 +225,7 @@ def permutation(key: Tensor, x: int | Tensor, dim: int = 0) -> Tensor:
 
 def _fraction(key: Tensor, shape: Sequence[int], dtype: torch.dtype, part: Part) -> Tensor:
     """Multiples of the dtype's epsilon in [0, 1)."""
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-    info = torch.finfo(dtype)
+    info = _floating(dtype)
     digits = -round(math.log2(info.eps))
     high, low = _words(key, shape, part)
     if info.bits == 64:
@@ -237,9 +236,18 @@ def _fraction(key: Tensor, shape: Sequence[int], dtype: torch.dtype, part: Part)
     return mantissa.to(dtype) * info.eps
 
 
+def _floating(dtype: torch.dtype) -> torch.finfo:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    return torch.finfo(dtype)
+
+
 def _words(key: Tensor, shape: Sequence[int], part: Part) -> tuple[Tensor, Tensor]:
     """The two words of each entry of a tensor of this shape, whose counter is its position."""
     _check(key)
+    given: Any = shape
+    if not isinstance(given, Sequence):
+        raise TypeError(f"shape must be a tuple of ints, as (2,), got {given!r}")
     position = _positions(tuple(shape), part, key.device)
     high = position >> 32 if math.prod(shape) > _WORD else torch.zeros((), dtype=torch.int64, device=key.device)
     first, second = _threefry(key, high, position & _WORD)

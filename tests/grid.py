@@ -576,6 +576,11 @@ ROWS = [
     wrapper("chain", lambda tx: optfn.chain(optfn.trace(0.9), optfn.clip(0.7), tx)),
     wrapper("named_chain", lambda tx: optfn.named_chain(("first", optfn.trace(0.9)), ("second", tx))),
     wrapper("masked", lambda tx: optfn.masked(tx, pairs)),
+    Row(
+        "masked.functions",
+        lambda h: with_a_loss(optfn.masked(optfn.sophia(h, eps=0.5, update_interval=2), pairs)),
+        but=EXPORTED,
+    ),
     wrapper(
         "partition",
         lambda tx: optfn.partition({"pair": tx, "other": optfn.sgd(0.1, momentum=0.9)}, kind),

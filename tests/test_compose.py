@@ -2,9 +2,10 @@
 
 import functools
 
+import optax
 import pytest
 import torch
-from optax_oracle import assert_close, counted, run, some_grads, some_params
+from optax_oracle import assert_close, counted, run, some_grads, some_params, to_jax
 
 import optfn
 
@@ -325,7 +326,10 @@ ERRORS = {
     ),
     "labels of another structure": (
         lambda p: optfn.partition(LABELS, {"body": "decay", "tail": "none"}).init(p),
-        (ValueError, "labels must have the structure of params, .*: 'tail' is only in labels, 'head.0' is only in params"),
+        (
+            ValueError,
+            "param_labels must have the structure of params, .*: 'tail' is only in param_labels, 'head.0' is only in params",
+        ),
     ),
     "mask of another type": (
         lambda p: optfn.masked(optfn.sgd(), {"body": 1, "head": True}).init(p),
@@ -415,3 +419,135 @@ def test_hidden_sub_dicts_in_one_graph(name, inner):
     steps, _ = run(optfn.GradientTransformation(tx.init, compiled), params, grads)
     assert_close(steps, expected, 1e-7)
     assert len(graphs) == 1
+
+
+# What a function among the extra arguments is handed
+
+WHOLE = {"a": torch.tensor([0.3, -1.2]).double(), "b": {"x": torch.tensor(0.7).double(), "y": torch.tensor([[0.5, 2.0]]).double()}}
+ASCENT = optfn.chain(optfn.normalize(), optfn.sgd(0.3))
+
+
+def coupled_loss(p):
+    """Every leaf meets every other one."""
+    return (p["a"].sin().sum() + p["b"]["x"] ** 3 + p["b"]["y"].cos().sum()) ** 2
+
+
+OF_FUNCTIONS = {
+    "sophia": (optfn.sophia(0.1, update_interval=1, eps=1e-3), lambda loss: {"obj_fn": loss}),
+    "sam": (
+        optfn.sam(optfn.sgd(0.1), ASCENT, 3, opaque_mode=True),
+        lambda loss: {"grad_fn": lambda p, i: torch.func.grad(loss)(p)},
+    ),
+    "zoom": (optfn.chain(optfn.sgd(1.0), optfn.scale_by_zoom_linesearch(10)), lambda loss: {"value_fn": loss}),
+    "backtracking": (
+        optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(10, store_grad=True)),
+        lambda loss: {"value_fn": loss},
+    ),
+    "lbfgs": (
+        optfn.lbfgs(line_search_fn="strong_wolfe"),
+        lambda loss: {"value_and_grad_fn": optfn.tree.value_and_grad(loss)},
+    ),
+}
+
+
+def first_update(name, around=lambda tx: tx, loss=coupled_loss, params=WHOLE):
+    tx, given = OF_FUNCTIONS[name]
+    tx, grad = around(tx), torch.func.grad(loss)(params)
+    return tx.update(grad, tx.init(params), params, value=loss(params), grad=grad, **given(loss))[0]
+
+
+def first_update_of_a(name):
+    """That of a problem in which the other leaves are constants."""
+    return first_update(name, loss=lambda p: coupled_loss({**p, "b": WHOLE["b"]}), params={"a": WHOLE["a"]})["a"]
+
+
+ROUND_IT = {
+    "masked": lambda tx: optfn.masked(tx, {"a": True, "b": False}),
+    "partition": lambda tx: optfn.partition({"a": tx, "b": optfn.freeze()}, {"a": "a", "b": "b"}),
+    "partition of masked": lambda tx: optfn.partition(
+        {"ax": optfn.masked(tx, {"a": True, "b": False}), "y": optfn.sgd()}, {"a": "ax", "b": {"x": "ax", "y": "y"}}
+    ),
+    "selective": lambda tx: optfn.selective_transform(tx, freeze_mask={"a": False, "b": True}),
+}
+
+
+@pytest.mark.parametrize("around", ROUND_IT)
+@pytest.mark.parametrize("name", OF_FUNCTIONS)
+def test_a_function_is_handed_all_parameters(name, around):
+    assert_close(first_update(name, ROUND_IT[around])["a"], first_update_of_a(name), 1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_FUNCTIONS if name != "sophia"])  # whose signs are one vector's there
+def test_a_function_within_flatten_is_of_the_tree(name):
+    assert_close(first_update(name, optfn.flatten), first_update(name), 1e-12)
+
+
+def test_the_curvature_within_flatten_is_that_of_the_tree():
+    square = lambda p: (p["a"] ** 2).sum() + 3 * p["b"] ** 2  # noqa: E731
+    params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(1.0)}
+    tx = optfn.flatten(optfn.hutchinson_estimator_diag_hessian())
+    assert_close(
+        tx.update(params, tx.init(params), params, obj_fn=square)[0], {"a": torch.full((2,), 2.0), "b": torch.tensor(6.0)}, 0
+    )
+
+
+def test_a_leaf_that_sits_out_has_no_gradient_uphill():
+    found = first_update("sam", lambda tx: optfn.chain(optfn.freeze({"a": False, "b": True}), tx))
+    assert_close(found["a"], first_update_of_a("sam"), 1e-12)
+    assert found["b"] == {"x": None, "y": None}
+
+
+def test_functions_within_a_mask_are_one_graph():
+    tx = optfn.masked(optfn.sophia(0.1, update_interval=1), {"a": True, "b": False})
+    compiled, graphs = counted(lambda g, state, p: tx.update(g, state, p, obj_fn=coupled_loss))
+    state = tx.init(WHOLE)
+    assert_close(compiled(WHOLE, state, WHOLE), tx.update(WHOLE, state, WHOLE, obj_fn=coupled_loss), 1e-12)
+    assert len(graphs) == 1
+
+
+def test_what_is_no_function_of_parameters_is_handed_on_as_it_is():
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    model, tx = (
+        torch.nn.Linear(1, 1),
+        optfn.masked(optfn.GradientTransformation(lambda params: (), update), {"w": True, "b": False}),
+    )
+    params = {"w": torch.ones(1), "b": torch.ones(1)}
+    given = {"model": model, "kind": torch.nn.Linear, "sample": lambda *size: size, "tags": {"w": 1, "b": 2}, "pair": (params, 1.0)}
+    tx.update(params, tx.init(params), params, **given)
+    assert seen["model"] is model
+    assert seen["kind"] is torch.nn.Linear
+    assert (seen["sample"](), seen["sample"](2, 3)) == ((), (2, 3))
+    assert seen["tags"] is given["tags"]
+    assert seen["pair"] is given["pair"]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("name", ["masked", "partition"])
+def test_extra_arguments_are_masked_as_optaxs(name, chosen):
+    """A tree like the parameters, and one of another structure."""
+
+    def of(lib):
+        kind = lib.GradientTransformation if lib is optfn else lib.GradientTransformationExtraArgs
+        seen = []
+
+        def update(updates, state, params=None, *, tags, other, **extra):
+            seen.append((tags["w"], tags["b"] if isinstance(tags["b"], int) else None, other))
+            return updates, state
+
+        inner = kind(lambda params: (), update)
+        if name == "masked":
+            tx = lib.masked(inner, {"w": True, "b": False}, mask_compatible_extra_args=chosen)
+        else:
+            labels = {"w": "in", "b": "out"}
+            tx = lib.partition({"in": inner, "out": lib.set_to_zero()}, param_labels=labels, mask_compatible_extra_args=chosen)
+        params = {"w": torch.ones(1), "b": torch.ones(1)}
+        params = params if lib is optfn else to_jax(params)
+        tx.update(params, tx.init(params), params, tags={"w": 1, "b": 2}, other={"w": 3})
+        return seen
+
+    assert of(optfn) == of(optax) == [(1, None if chosen else 2, {"w": 3})]

@@ -117,6 +117,26 @@ def test_trajectory_is_optaxs(name: str) -> None:
             raise AssertionError(f"step {step}") from error
 
 
+@pytest.mark.parametrize(
+    ("kind", "sums"), [(("heuristic", 0.1), 3), (("distance", 0.1), 2), (("learning_rate", 0.1), 2), (None, 2)]
+)
+def test_the_size_of_the_parameters_is_computed_where_it_is_used(kind: Any, sums: int) -> None:
+    """By DoG's heuristic alone; None is DoWG."""
+    tx, p = optfn.scale_by_dowg() if kind is None else optfn.scale_by_dog(kind), torch.ones(3)
+    step, graphs = counted(tx.update)
+    step(p, tx.init(p), p)
+    assert len(graphs) == 1
+    called = [node for node in graphs[0].graph.nodes if node.op == "call_method" and node.target == "square"]
+    assert len(called) == sums
+
+
+def test_no_weight_decay_may_be_none() -> None:
+    params, grads = some_params(shapes=SHAPES), some_grads(3, shapes=SHAPES)
+    for make in (optfn.dog, optfn.dowg, optfn.schedule_free_sgd):
+        a, b = (ours(make(0.1, weight_decay=decay), params, grads, [{}] * 3) for decay in (None, 0.0))
+        assert_close(a, b, 0)
+
+
 @pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
 def test_gradients_of_zero_change_no_estimate(name: str) -> None:
     """Optax divides 0 by 0 there; the authors leave the estimate as it is."""

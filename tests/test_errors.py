@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
     "label function of Optax": (
         lambda: optfn.partition({"a": ADAM}, lambda params: {"w": "a", "b": "a"}).init(PARAMS),
         TypeError,
-        ("labels: the function is called for each leaf", "lambda path, p: ...", "f(params), as the labels"),
+        ("labels: the function is called for each leaf", "lambda path, p: ...", "f(params), as the param_labels"),
     ),
     "mask of names": (
         lambda: optfn.adamw(mask=["w"]).init(PARAMS),

@@ -6,6 +6,7 @@ import types
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import optax
 import pytest
@@ -55,41 +56,73 @@ def test_no_row_is_of_something_else() -> None:
     assert not [name for name in NAMED if name not in known]
 
 
-HERE = sorted(name for name, here in NAMED.items() if here.startswith(("the same", "torch.optim's")) and not name[0].isupper())
+HERE = sorted(name for name, here in NAMED.items() if here.startswith(("the same", "torch.optim's")))
+STATES = [name for name in HERE if name.endswith(("State", "ApplyEvery"))]  # most are a LeafwiseState here
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if not name.split(".")[-1][0].isupper()])
+def here(name: str) -> Any:
+    """What is here of a name of Optax."""
+    where = re.sub(r"^(contrib|schedules|transforms)\.", "", name)
+    return attrgetter(f"tree.{where}" if "optfn.tree." in NAMED[name] and not where.startswith("tree.") else where)(optfn)
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if name not in STATES])
 def test_what_is_the_same_is_here(name: str) -> None:
-    where = name.removeprefix("contrib.").removeprefix("transforms.")
-    if "optfn.tree." in NAMED[name]:
-        where = where if where.startswith("tree.") else f"tree.{where}"
-    found = optfn
-    for part in where.split("."):
-        found = getattr(found, part)
-    assert callable(found)
+    assert callable(here(name))
 
 
-BLOCKS = [
-    name for name in HERE if "." not in name and name.startswith(("scale_by_", "clip", "add_", "trace", "ema", "per_example"))
-]
+SAME = sorted(name for name, here in NAMED.items() if here.startswith("the same") and not here.startswith("the same name"))
+FUNCTIONS = [name for name in SAME if not name.split(".")[-1][0].isupper()]
+ALIASES = sorted(name for name, here in NAMED.items() if here.startswith("the same name") and not name.split(".")[-1][0].isupper())
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_arguments_of_blocks_are_optaxs(name: str) -> None:
-    """Its names in its order, and its defaults; there may be more, by keyword or at the end."""
-    theirs = [p for p in inspect.signature(getattr(optax, name)).parameters.values() if p.name not in DIFFERS.get(name, ())]
-    ours = inspect.signature(getattr(optfn, name)).parameters
-    positional = [p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [*ours][: len(positional)] == positional
-    for p in theirs:
+def both(name: str) -> tuple[Any, dict[str, Any]]:
+    """The arguments of what Optax has under a name, without ``*args`` and ``**kwargs``, and of what is here, by name."""
+    theirs = inspect.signature(attrgetter(name)(optax)).parameters.values()
+    ours = inspect.signature(here(name)).parameters
+    return [p for p in theirs if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)], dict(ours)
+
+
+def plain(default: Any) -> Any:
+    """A default; of a function, a dtype or an object, of which each library has its own, the name."""
+    if isinstance(default, bool | int | float | str | tuple | None):
+        return default
+    text = str(default).removeprefix("torch.")
+    return getattr(default, "__name__", type(default).__name__ if text.startswith("<") else text)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_of_what_is_the_same_are_optaxs(name: str) -> None:
+    """Their names in their order, and their defaults; there may be more at the end. What differs is named in the row."""
+    theirs, ours = both(name)
+    differs = re.findall(r"`(\w+)`", NAMED[name])
+    kept = [p for p in theirs if p.name not in differs]
+    positional = [p.name for p in kept if p.kind is not p.KEYWORD_ONLY]
+    assert [x for x in ours if x not in differs][: len(positional)] == positional
+    for p in kept:
         assert p.name in ours
-        optional = p.default not in (p.empty, None) and "dtype" not in p.name  # Optax has float32 where torch has the parameter's
-        assert not optional or ours[p.name].default == p.default, p.name
+        if p.default is not p.empty:
+            assert plain(ours[p.name].default) == plain(p.default), p.name
 
 
-DIFFERS: dict[str, tuple[str, ...]] = {
-    "add_noise": ("key", "seed"),  # a key is required, and seed is its old name
-}
+RENAMED = {"learning_rate": "lr", "seed": "key", "scaling": "lr"}
+OTHER_NUMBER = {("adan", "eps_root")}  # as the authors of Adan
+HAS_NO = {("nadamw", "nesterov")}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_arguments_of_aliases_are_optaxs_in_torchs_form(name: str) -> None:
+    """`lr` first, `betas` in one; the rest has Optax's names and defaults, where None and 0 are the same."""
+    theirs, ours = both(name)
+    assert next(iter(ours)) == "lr"
+    betas = [p for p in theirs if re.fullmatch(r"b\d", p.name) and p.name not in ours]
+    assert not betas or ours["betas"].default == tuple(p.default for p in betas)
+    for p in theirs:
+        if p in betas or (name, p.name) in HAS_NO:
+            continue
+        own = ours[RENAMED.get(p.name, p.name)]
+        if p.default is not p.empty and p.name not in RENAMED and (name, p.name) not in OTHER_NUMBER:
+            assert plain(own.default or 0) == plain(p.default or 0), p.name
 
 
 @pytest.mark.parametrize("here", sorted({here for _, here in ROWS}))

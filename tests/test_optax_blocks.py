@@ -711,6 +711,7 @@ AROUND = {
         {"one": tx, "two": optfn.schedule_free_sgd(0.3)}, lambda path, p: "two" if path == "s" else "one"
     ),
     "inject": lambda tx: optfn.inject_hyperparams(lambda lr: optfn.schedule_free_sgd(lr))(lr=0.3),
+    "flatten": lambda tx: optfn.chain(optfn.identity(), optfn.flatten(tx)),
 }
 
 
@@ -725,6 +726,32 @@ def test_averages_are_found_in_any_state(name):
     assert_close(optfn.schedule_free_eval_params(state, around[-1]["params"]), expected, 1e-12)
     with pytest.raises(AttributeError):
         optax.contrib.schedule_free_eval_params((optax.contrib.schedule_free_sgd().init(1.0),), 1.0)
+
+
+@pytest.mark.parametrize("p", [torch.ones(3, 1), torch.tensor(2.0), torch.ones(2, 2, dtype=torch.complex64), torch.ones(3)])
+def test_averages_of_one_vector(p):
+    """Its shape is not that of the one tensor that it is of."""
+    averages = []
+    for tx in (optfn.schedule_free_sgd(0.3), optfn.flatten(optfn.schedule_free_sgd(0.3))):
+        steps, state = run(tx, p, [p, 3 * p, -p])
+        averages.append(optfn.schedule_free_eval_params(state, steps[-1]["params"]))
+    assert_close(averages[1], averages[0], 1e-6)
+
+
+def test_a_vector_of_some_parameters_names_what_to_give():
+    """Which ones a partition has shown to flatten is not in its state."""
+    free = optfn.schedule_free_sgd(0.3)
+    label = lambda path, p: path if path == "w" else "rest"  # noqa: E731
+    for rest, sizes in ((optfn.adam(), r"\(6,\)"), (free, r"\(6,\)"), (optfn.flatten(free), r"\(3,\) and \(6,\)")):
+        tx = optfn.partition({"w": optfn.flatten(free), "rest": rest}, label)
+        steps, state = run(tx, some_params(), some_grads(3))
+        params = steps[-1]["params"]
+        with pytest.raises(ValueError, match=f"within flatten, .* z has shape {sizes}, params have 9 entries. Give one such state"):
+            optfn.schedule_free_eval_params(state, params)
+        alone, expected = run(free, some_params(), some_grads(3))
+        expected = optfn.schedule_free_eval_params(expected, alone[-1]["params"])
+        part = {"w": params["w"], "b": None, "s": None}
+        assert_close(optfn.schedule_free_eval_params(state.inner_states["w"], part), {**part, "w": expected["w"]}, 1e-12)
 
 
 def test_parameters_that_are_not_schedule_free_are_as_they_are():

@@ -172,6 +172,8 @@ def test_what_is_refused():
         TypeError, match=r"weight_dimension_numbers: 'b' must have MuonDimensionNumbers, got NoneType: optfn.partition"
     ):
         optfn.scale_by_muon(weight_dimension_numbers={"x": MuonDimensionNumbers(), "b": None}).init(x)
+    with pytest.raises(TypeError, match=r"weight_dimension_numbers: the function is called .* path, p: .*give what it returns"):
+        optfn.scale_by_muon(weight_dimension_numbers=lambda params: {"x": MuonDimensionNumbers()}).init(x)
     with pytest.raises(ValueError, match=r"^preconditioning must be 'frobenius'"):
         optfn.scale_by_muon(preconditioning="none")
     with pytest.raises(ValueError, match=r"^ns_coeffs must be 3 numbers"):

@@ -199,6 +199,12 @@ def test_a_noisy_step_is_compiled_to_the_same_numbers():
             TypeError,
             r"a key is an int64 tensor of two words, as optfn.random.key\(seed\) makes one, got int",
         ),
+        *(
+            (lambda draw=draw: draw(3, (2,)), TypeError, r"as optfn.random.key\(seed\) makes one, got int")
+            for draw in (random.normal, random.uniform, random.bits, random.rademacher, random.permutation)
+        ),
+        (lambda: random.normal(KEY, 2), TypeError, r"shape must be a tuple of ints, as \(2,\), got 2"),
+        (lambda: random.normal(KEY, (2,), torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
         (lambda: random.bits(torch.ones(2)), TypeError, r"got torch.float32 of shape \(2,\)"),
         (lambda: random.bits(random.split(KEY)), TypeError, r"got torch.int64 of shape \(2, 2\)"),
         (lambda: random.bits(KEY, (2,), 12), ValueError, "width must be 8, 16, 32 or 64, got 12"),

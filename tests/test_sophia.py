@@ -17,6 +17,8 @@ STEPS = 25
 SCHEDULE = (optfn.linear_schedule(0.1, 0.02, 20), exact(optax.linear_schedule(0.1, 0.02, 20)))
 SEED = 11
 
+P = torch.ones(3)
+
 c = optax.contrib
 
 
@@ -145,6 +147,18 @@ def test_an_estimate_is_made_only_when_it_is_due() -> None:
         (lambda: optfn.sophia(hessian_diagonal_fn=optfn.adam), TypeError, "takes transformations"),
         (lambda: (t := optfn.sophia()).update(torch.ones(1), t.init(torch.ones(1)), torch.ones(1)), TypeError, "obj_fn"),
         (lambda: (t := optfn.sophia()).update(torch.ones(1), t.init(torch.ones(1))), TypeError, "params"),
+        *(
+            (
+                lambda fun=fun: (t := optfn.sophia()).update(P, t.init(P), P, obj_fn=fun),
+                error,
+                f"must give a 0-dim tensor, got {got}",
+            )
+            for fun, error, got in (
+                (torch.square, ValueError, r"shape \(3,\): its mean or its sum, say"),
+                (lambda p: None, TypeError, "NoneType"),
+                (lambda p: 1.0, TypeError, "float"),
+            )
+        ),
     ],
 )
 def test_errors(call: Any, error: type[Exception], match: str) -> None:

@@ -117,6 +117,20 @@ def test_set_replaces_all_that_are_called_so_and_nothing_else():
     assert torch.equal(tree.to_flat_dict(state)["first.step"], torch.zeros(2, dtype=torch.int64))
 
 
+def test_get_and_set_of_what_passes_a_filter():
+    _, state = chained()
+    small = lambda path, part: path.startswith("second")  # noqa: E731
+    assert tree.get(state, "nu", filtering=small) is state["second"].slots.nu
+    assert tree.get(state, "nu", None, lambda path, part: False) is None
+    with pytest.raises(KeyError, match="nothing is called 'nu' here"):
+        tree.get(state, "nu", filtering=lambda path, part: False)
+    new = tree.set(state, small, step=7)
+    assert (new["first"].step.tolist(), new["second"].step.tolist()) == ([0, 0], [7, 7])
+    tree.set(state, lambda path, part: path.startswith("first"), mu=tree.get(state, "first.slots.mu"))
+    with pytest.raises(KeyError, match="nothing is called 'step' here"):
+        tree.set(state, lambda path, part: False, step=7)
+
+
 def test_numbers_become_tensors_in_tuples_too():
     state = tree.set(optfn.inject_hyperparams(optfn.adam)().init(torch.ones(2)), betas=(0.5, torch.tensor(0.75)), lr=1)
     betas = tree.get(state, "betas")

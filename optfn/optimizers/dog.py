@@ -82,15 +82,19 @@ class LayerDistanceSlots(NamedTuple):
     sum_sq_norm_grads: Tensor
 
 
-def _by_distance(decide: Callable[..., Any], shared: Any) -> GradientTransformation:
-    """A rule that multiplies gradients by a step size, decided from the distance to the start and the size of the gradients."""
+def _by_distance(decide: Callable[..., Any], shared: Any, sized: bool = False) -> GradientTransformation:
+    """A rule that multiplies gradients by a step size, decided from the distance to the start and the size of the gradients.
+
+    ``sized``: from that of the parameters too. All are squared norms.
+    """
 
     def init(p: Tensor) -> DistanceSlots:
         return DistanceSlots(p.clone())
 
     def measure(g: Tensor, slots: DistanceSlots, p: Tensor, step: Any, shared: Any) -> tuple[tuple[Tensor, ...], DistanceSlots]:
         start = torch.where(step == 1, p, slots.start)
-        return ((p - start).square().sum(), g.square().sum(), p.square().sum()), DistanceSlots(start)
+        size = (p.square().sum(),) if sized else ()
+        return ((p - start).square().sum(), g.square().sum(), *size), DistanceSlots(start)
 
     def update(g: Tensor, slots: DistanceSlots, p: Tensor, step: Any, shared: Any) -> tuple[Tensor, DistanceSlots]:
         return shared.step_size * g, slots
@@ -136,8 +140,8 @@ def scale_by_dog(
     value, eps = number("init_step[1]", value, at_least=0), number("eps", eps, at_least=0)
 
     def decide(shared: DogShared, sums: tuple[Tensor, ...]) -> DogShared:
-        sq_dist, sq_norm, sq_size = sums
-        reach = value * (1 + sqrt(sq_size)) if kind == "heuristic" else value if kind == "distance" else 0.0
+        sq_dist, sq_norm, *sq_size = sums
+        reach = value * (1 + sqrt(*sq_size)) if kind == "heuristic" else value if kind == "distance" else 0.0
         max_dist = torch.maximum(torch.where(shared.count == 0, reach, shared.max_dist), sqrt(sq_dist))
         sum_sq_norm_grads = shared.sum_sq_norm_grads + sq_norm
         step_size = max_dist / sqrt(sum_sq_norm_grads, eps)
@@ -145,7 +149,7 @@ def scale_by_dog(
             step_size = torch.where(shared.count == 0, value, step_size)
         return DogShared(max_dist, sum_sq_norm_grads, step_size, shared.count + 1)
 
-    return _by_distance(decide, DogShared(0.0, 0.0, 0.0, 0))  # type: ignore[arg-type]
+    return _by_distance(decide, DogShared(0.0, 0.0, 0.0, 0), sized=kind == "heuristic")  # type: ignore[arg-type]
 
 
 def scale_by_dowg(init_estim_sq_dist: Scalar | None = None, eps: Scalar = 1e-4) -> GradientTransformation:
@@ -178,7 +182,7 @@ def scale_by_dowg(init_estim_sq_dist: Scalar | None = None, eps: Scalar = 1e-4) 
     start = eps if init_estim_sq_dist is None else number("init_estim_sq_dist", init_estim_sq_dist, at_least=0)
 
     def decide(shared: DowgShared, sums: tuple[Tensor, ...]) -> DowgShared:
-        sq_dist, sq_norm, _ = sums
+        sq_dist, sq_norm = sums
         estim_sq_dist = torch.maximum(shared.estim_sq_dist, sq_dist)
         weighted_sq_norm_grads = shared.weighted_sq_norm_grads + estim_sq_dist * sq_norm
         return DowgShared(estim_sq_dist, weighted_sq_norm_grads, estim_sq_dist / (sqrt(weighted_sq_norm_grads) + eps))
@@ -234,7 +238,7 @@ def dog(
     lr: ScalarOrSchedule = 1.0,
     init_step: tuple[Literal["distance", "learning_rate", "heuristic"], Scalar] = ("heuristic", 1e-6),
     eps: Scalar = 1e-8,
-    weight_decay: Scalar = 0.0,
+    weight_decay: Scalar | None = 0.0,
     *,
     mask: Any = None,
     maximize: bool = False,
@@ -247,7 +251,7 @@ def dog(
         lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
         init_step: see :func:`scale_by_dog`.
         eps: see :func:`scale_by_dog`.
-        weight_decay: :math:`\lambda \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`; None, Optax's default, is 0.
         mask: True for the leaves that decay, as in :func:`masked`; None for all.
         maximize: ascend instead; the decay still pulls to 0.
 
@@ -265,7 +269,8 @@ def dog(
         {'w': tensor([0.5000])}
     """
     rule = scale_by_dog(init_step, eps)
-    return chain(negate_if(maximize), *decayed(rule, weight_decay, False, mask), scale_by_learning_rate(lr))
+    decay = 0.0 if weight_decay is None else weight_decay
+    return chain(negate_if(maximize), *decayed(rule, decay, False, mask), scale_by_learning_rate(lr))
 
 
 @alias
@@ -273,7 +278,7 @@ def dowg(
     lr: ScalarOrSchedule = 1.0,
     init_estim_sq_dist: Scalar | None = None,
     eps: Scalar = 1e-4,
-    weight_decay: Scalar = 0.0,
+    weight_decay: Scalar | None = 0.0,
     *,
     mask: Any = None,
     maximize: bool = False,
@@ -286,7 +291,7 @@ def dowg(
         lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule.
         init_estim_sq_dist: see :func:`scale_by_dowg`.
         eps: see :func:`scale_by_dowg`.
-        weight_decay: :math:`\lambda \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`; None, Optax's default, is 0.
         mask: True for the leaves that decay, as in :func:`masked`; None for all.
         maximize: ascend instead; the decay still pulls to 0.
 
@@ -304,4 +309,5 @@ def dowg(
         {'w': tensor([2.0027e-05])}
     """
     rule = scale_by_dowg(init_estim_sq_dist, eps)
-    return chain(negate_if(maximize), *decayed(rule, weight_decay, False, mask), scale_by_learning_rate(lr))
+    decay = 0.0 if weight_decay is None else weight_decay
+    return chain(negate_if(maximize), *decayed(rule, decay, False, mask), scale_by_learning_rate(lr))

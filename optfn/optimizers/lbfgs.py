@@ -213,7 +213,10 @@ def lbfgs(
                     return float(f), float(_ravel(gathered(df, params)[0], g).dot(d))
 
                 if moves.item():
-                    start = 0.0, float(value), float(slope if grad is None else _ravel(gathered(grad, params)[0], g).dot(d))
+                    if grad is not None:
+                        seen = tree.map(lambda p, x: x, params, grad)  # a mask hides nothing of it
+                        slope = _ravel(gathered(seen, params)[0], g).dot(d)
+                    start = 0.0, float(value), float(slope)
                     t = _strong_wolfe(along, float(t), start, float(too_small / d.abs().max()), min(limits))
 
         step = t * d

@@ -59,7 +59,9 @@ def sam(
         adv_optimizer: the adversarial transformation, which steps uphill.
         sync_period: updates in a round, at least 1; 1 is ``optimizer`` alone.
         reset_state: whether ``adv_optimizer`` begins anew in each round.
-        opaque_mode: a round in each update, by ``grad_fn(params, i) -> grads``, called with ``i`` from 0 to ``sync_period - 2``.
+        opaque_mode: a round in each update, by ``grad_fn(params, i) -> grads``, called with ``i`` from 0 to ``sync_period - 2``,
+            and with all parameters: within a mask or a partition the others as they are. Of leaves that have no update it may give
+            None or a gradient, which is not used.
 
     Raises:
         TypeError: what is no transformation; from ``update``: ``params``, or ``grad_fn``, is missing.
@@ -127,7 +129,8 @@ def sam(
         for i in range(sync_period - 1):
             uphill, adv_state = adv_optimizer.update(updates, adv_state, moved, **extra)
             moved = added(moved, tree.map(torch.neg, uphill))[0]
-            updates = grad_fn(moved, i)  # type: ignore[misc]
+            # A leaf that sits the round out has no gradient up there either.
+            updates = tree.map(lambda _, g: g, updates, grad_fn(moved, i))  # type: ignore[misc]
         adv_state = adv_optimizer.init(params) if reset_state else adv_state
         updates, opt_state = optimizer.update(updates, state.opt_state, params, **extra)
         return updates, SAMState(state.steps_since_sync.clone(), opt_state, adv_state, ())

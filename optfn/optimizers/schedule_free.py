@@ -10,7 +10,7 @@ from optfn.checks import alias, check_state, integer, number, require, scalar_or
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned
-from optfn.numerics import Scalar, compute_dtype, ratio
+from optfn.numerics import Scalar, as_real, compute_dtype, ratio, ravel, unravel
 from optfn.optimizers.rmsprop import scale_by_rms
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import add_decayed_weights
@@ -139,10 +139,13 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
     Args:
         state: the state of :func:`schedule_free`, or of a chain, a partition or any wrapper that has it inside.
         params: the parameters :math:`y`. Those that no :func:`schedule_free` has, as a mask or a partition hides them from it,
-            stay as they are.
+            stay as they are. Within :func:`flatten` they are those that this is handed: where a mask or a partition around it hides
+            others, they are None.
 
     Raises:
         TypeError: there is no such state in ``state``.
+        ValueError: the structures differ; or what :func:`flatten` was handed is not ``params``, or cannot be told, as there are
+            several such states.
 
     Example:
         >>> tx = optfn.chain(optfn.clip_by_global_norm(1.0), schedule_free_sgd(lr=0.5))
@@ -155,21 +158,42 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
     if not states:
         raise TypeError(f"schedule_free_eval_params needs a state with that of schedule_free inside, got {type(state).__name__}")
 
+    if any(isinstance(s.z, Tensor) and not (isinstance(params, Tensor) and params.shape == s.z.shape) for s in states):
+        return _eval_vector(states, params)
+
     def evaluated(y: Tensor, *zs: Any) -> Tensor:
         for s, z in zip(states, zs, strict=True):
             if z is not None:
-                wide = compute_dtype(y, z)
-                return (y.to(wide) + (1 / s.b1.to(y.device) - 1) * (y.to(wide) - z.to(wide))).to(y.dtype)
+                return _average(s, y, z)
         return y
 
     return tree.map(evaluated, params, *(s.z for s in states))
+
+
+def _average(state: ScheduleFreeState, y: Tensor, z: Tensor) -> Tensor:
+    wide = compute_dtype(y, z)
+    return (y.to(wide) + (1 / state.b1.to(y.device) - 1) * (y.to(wide) - z.to(wide))).to(y.dtype)
+
+
+def _eval_vector(states: list[ScheduleFreeState], params: Any) -> Any:
+    """The averages where :func:`flatten` showed the parameters as one vector."""
+    leaves, spec = tree.checked(params, "schedule_free_eval_params: params")
+    size = sum(as_real(p).numel() for p in leaves if p is not None)
+    state = states[0]
+    if len(states) > 1 or not isinstance(state.z, Tensor) or state.z.shape != (size,):
+        sizes = " and ".join(str(tuple(s.z.shape)) for s in states if isinstance(s.z, Tensor))
+        raise ValueError(
+            f"schedule_free_eval_params: schedule_free ran within flatten, which keeps no structure: z has shape {sizes}, params "
+            f"have {size} entries. Give one such state alone, and the parameters that it is of, None for the others"
+        )
+    return tree.unflatten(spec, unravel(_average(state, ravel(leaves, state.z.dtype), state.z), leaves))
 
 
 @alias
 def schedule_free_sgd(
     lr: ScalarOrSchedule = 1.0,
     b1: Scalar = 0.9,
-    weight_decay: Scalar = 0.0,
+    weight_decay: Scalar | None = 0.0,
     *,
     warmup_steps: int | None = 0,
     weight_lr_power: Scalar = 2.0,
@@ -182,7 +206,7 @@ def schedule_free_sgd(
     Args:
         lr: :math:`\gamma \ge 0`, a number, a 0-dim tensor or a schedule, which should not fall.
         b1: :math:`\beta` in ``(0, 1]``, in the place of momentum.
-        weight_decay: L2 coefficient :math:`\lambda \ge 0`, of the parameters :math:`y`.
+        weight_decay: L2 coefficient :math:`\lambda \ge 0`, of the parameters :math:`y`; None, Optax's default, is 0.
         warmup_steps: how long the rate rises: in the step :math:`t = 1, 2, \dots` it is :math:`\gamma \min(1, t / T)`, as the
             authors have it; Optax's is 0 in the first step.
         weight_lr_power: see :func:`schedule_free`.
@@ -203,8 +227,8 @@ def schedule_free_sgd(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([1.5000])}
     """
-    rate = _warmed_up(lr, warmup_steps)
-    base = chain(negate_if(maximize), add_decayed_weights(weight_decay, mask), scale_by_learning_rate(rate))
+    rate, decay = _warmed_up(lr, warmup_steps), 0.0 if weight_decay is None else weight_decay
+    base = chain(negate_if(maximize), add_decayed_weights(decay, mask), scale_by_learning_rate(rate))
     return schedule_free(base, rate, b1, weight_lr_power, state_dtype)
 
 

@@ -39,11 +39,10 @@ def hutchinson_estimator_diag_hessian(random_seed: int | Tensor | None = None) -
 
     .. math:: u = r \odot \nabla^2 f(p)\, r, \qquad r_i = \pm 1, \qquad \mathrm{E}\, u_i = \nabla^2_{ii} f(p)
 
-    Where a mask or a partition hides parameters, ``obj_fn`` is handed None for them, and fills them in itself.
-
     It is exact where the Hessian is diagonal. What comes in is not read. An update costs some gradients of ``obj_fn``, which is to
-    be handed to it: ``tx.update(grads, state, params, obj_fn=lambda params: loss(params, batch))``. The signs are Optax's with the
-    same key. Of a complex tensor there is one for the real and one for the imaginary part, which are parameters by themselves.
+    be handed to it: ``tx.update(grads, state, params, obj_fn=lambda params: loss(params, batch))``. It is called with all
+    parameters; those that a mask or a partition hides are constants. The signs are Optax's with the same key. Of a complex tensor
+    there is one for the real and one for the imaginary part, which are parameters by themselves.
 
     Args:
         random_seed: where the signs begin, a key of :mod:`optfn.random` or an integer seed; 0 if None, as in Optax.

@@ -340,6 +340,10 @@ def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, A
     Args:
         fun: a function of one tree of tensors, to a 0-dim tensor.
 
+    Raises:
+        TypeError: ``fun`` gives no tensor.
+        ValueError: it gives a tensor of another shape.
+
     Example:
         >>> value_and_grad(lambda params: params["w"].square().sum())({"w": torch.tensor([3.0, 4.0]), "b": None})
         (tensor(25.), {'w': tensor([6., 8.]), 'b': None})
@@ -347,10 +351,19 @@ def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, A
 
     def both(tree: Any) -> tuple[Tensor, Any]:
         present, rebuilt = tensors(tree)
-        grads, value = torch.func.grad_and_value(lambda present: fun(rebuilt(present)))(present)
+        grads, value = torch.func.grad_and_value(lambda present: _number(fun(rebuilt(present))))(present)
         return value, rebuilt(grads)
 
     return both
+
+
+def _number(value: Any) -> Tensor:
+    wanted = "a function whose gradient is taken must give a 0-dim tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{wanted}, got {type(value).__name__}")
+    if value.ndim:
+        raise ValueError(f"{wanted}, got shape {tuple(value.shape)}: its mean or its sum, say")
+    return value
 
 
 def cast(tree: Any, dtype: torch.dtype | None) -> Any:
@@ -439,16 +452,17 @@ def _add_named(found: list[tuple[str, Any]], node: Any, path: str, name: str) ->
         _add_named(found, child, f"{path}.{key}" if path else key, name)
 
 
-def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
-    """The one part of a nested state (or any tree) that is called ``name``.
+def get(tree: Any, key: str, default: Any = _MISSING, filtering: Callable[[str, Any], bool] | None = None) -> Any:
+    """The one part of a nested state (or any tree) that is called ``key``.
 
     A part is called by a field name, a key or an index; where that is not enough, by the end of its dotted path
     (``"adam.slots.mu"``). A part inside another that already matched is not looked at.
 
     Args:
         tree: a state, however nested.
-        name: a name, or the end of a dotted path.
+        key: a name, or the end of a dotted path.
         default: returned where nothing has that name.
+        filtering: ``filtering(path, part) -> bool``, which of the parts of that name come into question; all by default.
 
     Raises:
         KeyError: nothing has that name (and no default is given), or several parts do; the message lists them.
@@ -458,16 +472,19 @@ def get(tree: Any, name: str, default: Any = _MISSING) -> Any:
         >>> get(tx.init({"w": torch.ones(2)}), "mu")
         {'w': tensor([0., 0.])}
     """
-    found: list[tuple[str, Any]] = []
-    _add_named(found, tree, "", name)
+    found = get_all_with_path(tree, key, filtering)
     if len(found) > 1:  # a slot that is not kept, (), has the name but is no part to speak of
         found = [(path, part) for path, part in found if part != ()] or found[:1]
     if len(found) > 1:
         where = ", ".join(repr(path) for path, _ in found)
-        raise KeyError(f"{name!r} names several parts: {where}; give more of the path")
+        raise KeyError(f"{key!r} names several parts: {where}; give more of the path")
     if not found and default is _MISSING:
-        raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
+        raise KeyError(_nothing_is(key, tree))
     return found[0][1] if found else default
+
+
+def _nothing_is(key: str, tree: Any) -> str:
+    return f"nothing is called {key!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}"
 
 
 def get_all_with_path(tree: Any, key: str, filtering: Callable[[str, Any], bool] | None = None) -> list[tuple[str, Any]]:
@@ -488,10 +505,10 @@ def get_all_with_path(tree: Any, key: str, filtering: Callable[[str, Any], bool]
     return [(path, part) for path, part in found if filtering is None or filtering(path, part)]
 
 
-def _replaced(node: Any, path: str, derived: bool, names: Iterable[str], replace: Callable[[Any, str, bool], Any]) -> Any:
+def _replaced(node: Any, path: str, derived: bool, names: Iterable[str], replace: Callable[[Any, str, str, bool], Any]) -> Any:
     name = next((name for name in names if path and _named(path, name)), None)
     if name is not None:
-        return replace(node, name, derived)
+        return replace(node, path, name, derived)
     level = _children(node)
     if level is None:
         return node
@@ -501,11 +518,12 @@ def _replaced(node: Any, path: str, derived: bool, names: Iterable[str], replace
     return rebuild([_replaced(c, f"{path}.{k}" if path else k, derived or k in computed, names, replace) for k, c in pairs])
 
 
-def set(tree: Any, /, **parts: Any) -> Any:
+def set(tree: Any, filtering: Callable[[str, Any], bool] | None = None, /, **parts: Any) -> Any:
     """A copy of the tree with every part that is called by one of the names replaced.
 
     Args:
         tree: a state, however nested.
+        filtering: ``filtering(path, part) -> bool``, which of the parts of that name are replaced; all by default.
         parts: ``name=value``; names as in :func:`get`, a dotted one written ``**{"adam.slots.mu": value}``. Where a
             tensor stood, a number becomes a tensor of its shape, dtype and device, and a tensor is
             converted to its dtype and device (a 0-dim one may become a batch, to ``vmap`` over); where a tree stood, a tree of
@@ -533,7 +551,9 @@ def set(tree: Any, /, **parts: Any) -> Any:
             raise ValueError(f"the new {name!r} must have shape {tuple(old.shape)} where the old one has, got {tuple(value.shape)}")
         return value.to(dtype=old.dtype, device=old.device)
 
-    def replace(old: Any, name: str, derived: bool) -> Any:
+    def replace(old: Any, path: str, name: str, derived: bool) -> Any:
+        if filtering is not None and not filtering(path, old):
+            return old
         if derived:
             raise ValueError(f"{name!r} is computed at each step: a value set here would be lost; build the transformation with it")
         used[name] = True
@@ -543,7 +563,7 @@ def set(tree: Any, /, **parts: Any) -> Any:
     new = _replaced(tree, "", False, parts, replace)
     for name, was_used in used.items():
         if not was_used:
-            raise KeyError(f"nothing is called {name!r} here; there are {', '.join(repr(p) for p in paths(tree)) or 'no leaves'}")
+            raise KeyError(_nothing_is(name, tree))
     return new
 
 

@@ -101,7 +101,7 @@ class InjectHyperparamsState(NamedTuple):
 
 
 def inject_hyperparams(
-    factory: Callable[..., GradientTransformation],
+    inner_factory: Callable[..., GradientTransformation],
     static_args: str | Iterable[str] = (),
     hyperparam_dtype: torch.dtype | None = None,
 ) -> Callable[..., GradientTransformation]:
@@ -118,17 +118,17 @@ def inject_hyperparams(
     the algorithm off. Give a tensor, ``weight_decay=torch.tensor(0.0)``, to have it in the state.
 
     Args:
-        factory: a function that returns a transformation, such as :func:`adamw` or your own.
+        inner_factory: a function that returns a transformation, such as :func:`adamw` or your own.
         static_args: names of arguments to leave alone.
         hyperparam_dtype: dtype of the values; by default float64 (float32 on a device that has none), whatever the
             params' dtype: half precision would make 0.999 a 1.
 
     Returns:
-        A function with the arguments of ``factory`` whose transformation has an :class:`InjectHyperparamsState`.
+        A function with the arguments of ``inner_factory`` whose transformation has an :class:`InjectHyperparamsState`.
 
     Raises:
         ValueError: ``static_args`` names no argument, or the factory takes ``*args``, ``**kwargs`` or positional-only ones;
-            what ``factory`` raises for the values given.
+            what ``inner_factory`` raises for the values given.
 
     Example:
         >>> tx = inject_hyperparams(optfn.adam)(lr=optfn.linear_schedule(0.1, 0.0, 2))
@@ -137,8 +137,8 @@ def inject_hyperparams(
         >>> optfn.tree.get(state, "lr"), optfn.tree.get(state, "eps")
         (tensor(0.1000, dtype=torch.float64), tensor(1.0000e-08, dtype=torch.float64))
     """
-    check_factory("inject_hyperparams", factory)
-    signature = inspect.signature(factory)
+    check_factory("inject_hyperparams", inner_factory)
+    signature = inspect.signature(inner_factory)
     static = {static_args} if isinstance(static_args, str) else {*static_args}
     if unknown := static - {*signature.parameters}:
         raise ValueError(f"static_args names {', '.join(sorted(unknown))}, which the factory has no argument of")
@@ -147,12 +147,12 @@ def inject_hyperparams(
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ValueError(f"inject_hyperparams needs named arguments, the factory has {parameter}")
 
-    @functools.wraps(factory)
+    @functools.wraps(inner_factory)
     def make(*args: Any, **kwargs: Any) -> GradientTransformation:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            factory(*args, **kwargs)  # says what is wrong, in better words
+            inner_factory(*args, **kwargs)  # says what is wrong, in better words
             raise
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -161,7 +161,7 @@ def inject_hyperparams(
         schedules = {name: arguments[name] for name, kind in kinds.items() if kind == "schedule"}
 
         def inner(values: dict[str, Any]) -> GradientTransformation:
-            return factory(**{**arguments, **values})
+            return inner_factory(**{**arguments, **values})
 
         return _injected(inner, numbers, schedules, hyperparam_dtype)
 
@@ -216,7 +216,7 @@ def inject_stateful_hyperparams(
     """Optax's older name of :func:`inject_hyperparams`, which takes a :class:`StatefulSchedule` too.
 
     Args:
-        inner_factory: as ``factory`` there.
+        inner_factory: as there.
         static_args: as there.
         hyperparam_dtype: as there.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.core import GradientTransformation, check_transformation, transformation
+from optfn.core import GradientTransformation, check_transformation, in_form, transformation
 from optfn.leafwise import aligned
 from optfn.numerics import ravel, unravel
 
@@ -22,7 +22,8 @@ def flatten(inner: GradientTransformation) -> GradientTransformation:
 
     The entries of a leaf whose update is None are shown to ``inner`` as zeros: what it does with all entries together counts them.
     Its update is None, and its entries of the state stay as they are; the step count, of which there is one, moves. Pass ``params``
-    where some are None.
+    where some are None. A function among the extra arguments of an update, such as ``value_fn``, is one of the tree, as
+    everywhere; gradients that it gives, or that are an extra argument, ``inner`` is shown as a vector.
 
     Args:
         inner: the transformation.
@@ -47,6 +48,17 @@ def flatten(inner: GradientTransformation) -> GradientTransformation:
         pairs = list(zip(leaves.grads, leaves.owners, strict=True))
         shown = [torch.zeros_like(p) if g is None and p is not None else g for g, p in pairs]
         owners = None if params is None else ravel(leaves.owners)
+
+        def raveled(of: Any) -> Tensor:
+            pairs = zip(tree.flatten(of)[0], leaves.owners, strict=True)
+            return ravel([None if p is None else torch.zeros_like(p) if x is None else x for x, p in pairs])
+
+        def whole(x: Any) -> Any:
+            vector = isinstance(x, Tensor) and owners is not None and x.shape == owners.shape
+            return tree.unflatten(leaves.spec, unravel(x, leaves.owners)) if vector else x
+
+        if owners is not None:
+            extra = in_form(extra, params, raveled, whole)
         new, new_state = inner.update(ravel(shown), state, owners, **extra)
         if any(g is None and p is not None for g, p in pairs):
             present = [None if x is None else torch.full_like(x, g is not None) for x, g in zip(shown, leaves.grads, strict=True)]
