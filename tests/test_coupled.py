@@ -160,6 +160,15 @@ def test_polyak_steps_to_the_minimum_of_a_parabola() -> None:
         torch.testing.assert_close(p, torch.tensor([wanted, -2 * wanted]))
 
 
+@pytest.mark.parametrize("make", [optfn.momo, optfn.momo_adam])
+def test_uphill_is_downhill_of_the_negated_objective(make: Any) -> None:
+    """Weight decay pulls to 0 in both."""
+    params, grads = some_params(shapes=SHAPES), some_grads(5, shapes=SHAPES)
+    down = ours(make(0.1, weight_decay=0.1), params, grads, extras("momo")[:5])
+    up = ours(make(0.1, weight_decay=0.1, maximize=True), params, tree.scale(-1.0, grads), extras("momo")[:5])
+    assert_close(up, down, 0)
+
+
 # The lift
 
 

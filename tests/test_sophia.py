@@ -124,6 +124,19 @@ def test_none_leaves_sit_out_and_need_no_curvature() -> None:
     assert not curvature["c"].any()
 
 
+def test_uphill_is_downhill_of_the_negated_objective() -> None:
+    params, seen = some_params(shapes=SHAPES), []
+    for sign in (1.0, -1.0):
+        tx = optfn.sophia(0.1, weight_decay=0.1, update_interval=2, maximize=sign < 0)
+        grads = tree.scale(sign, some_grads(4, shapes=SHAPES))
+        state, p = tx.init(params), params
+        for g in grads:
+            updates, state = tx.update(g, state, p, obj_fn=lambda p: loss(torch, p, 0.3))
+            p = optfn.apply_updates(p, updates)
+        seen.append(p)
+    assert_close(seen[0], seen[1], 0)
+
+
 def test_an_estimate_is_made_only_when_it_is_due() -> None:
     calls = []
 

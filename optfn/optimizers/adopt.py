@@ -57,7 +57,8 @@ def scale_by_adopt(
         use_clipping: False takes the ratio as it is.
         clip_value_fn: the bound, of how many updates the leaf has had before; called for all leaves at once, with a vector.
 
-    Slots have the parameter's shape and dtype.
+    Slots have the parameter's shape and dtype. The bound is that of the authors' code and of Optax; of other packages one has the
+    root of :math:`t`, one the third root, and one does not clip.
 
     Raises:
         ValueError: an argument out of range.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn.checks import alias, number
-from optfn.compose import chain
+from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import coupled
 from optfn.numerics import Scalar, average_square, bias_correction, lerp, ratio, sqrt
@@ -329,6 +329,8 @@ def momo(
     lower_bound: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
     adapt_lower_bound: bool = False,
+    *,
+    maximize: bool = False,
 ) -> GradientTransformation:
     r"""MoMo: momentum whose step size is found from the loss, ``value=`` of ``update``.
 
@@ -340,6 +342,7 @@ def momo(
         lower_bound: of the loss.
         weight_decay: decoupled.
         adapt_lower_bound: estimate the bound.
+        maximize: ascend instead, with ``value`` the negated objective; the decay still pulls to 0.
 
     Raises:
         ValueError: an argument out of range.
@@ -357,7 +360,7 @@ def momo(
     def rule(lr: Scalar) -> GradientTransformation:
         return scale_by_momo(lr, beta, lower_bound, weight_decay, adapt_lower_bound)
 
-    return chain(with_learning_rate(rule, lr), scale(-1.0))
+    return chain(negate_if(maximize), with_learning_rate(rule, lr), scale(-1.0))
 
 
 @alias
@@ -368,6 +371,8 @@ def momo_adam(
     weight_decay: Scalar = 0.0,
     lower_bound: Scalar = 0.0,
     adapt_lower_bound: bool = False,
+    *,
+    maximize: bool = False,
 ) -> GradientTransformation:
     r"""MoMo-Adam: AdamW whose step size is found from the loss, ``value=`` of ``update``.
 
@@ -380,6 +385,7 @@ def momo_adam(
         weight_decay: decoupled.
         lower_bound: of the loss.
         adapt_lower_bound: estimate the bound.
+        maximize: ascend instead, with ``value`` the negated objective; the decay still pulls to 0.
 
     Raises:
         ValueError: an argument out of range.
@@ -397,4 +403,4 @@ def momo_adam(
     def rule(lr: Scalar) -> GradientTransformation:
         return scale_by_momo_adam(lr, betas, eps, lower_bound, weight_decay, adapt_lower_bound)
 
-    return chain(with_learning_rate(rule, lr), scale(-1.0))
+    return chain(negate_if(maximize), with_learning_rate(rule, lr), scale(-1.0))

@@ -44,7 +44,9 @@ def sam(
     .. math::
         \tilde p = p_{t-1} + \rho\, \frac{g(p_{t-1})}{\|g(p_{t-1})\|}, \qquad p_t = p_{t-1} - \gamma\, g(\tilde p)
 
-    is ``sam(optfn.sgd(lr), optfn.chain(optfn.normalize(), optfn.sgd(rho)))``. The updates of ``adv_optimizer`` are negated.
+    is ``sam(optfn.sgd(lr), optfn.chain(optfn.normalize(), optfn.sgd(rho)))``. The updates of ``adv_optimizer`` are negated. The
+    norm is that of all leaves together, as in the paper. A round of one update steps from where the parameters are, Optax's from
+    where they were before.
 
     A round is ``sync_period`` updates. In all but the last of them the parameters move uphill; the last puts them back and takes
     the step of ``optimizer``. So the loop is that of any transformation, with half of the steps, and the parameters

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optfn import random, tree
 from optfn.checks import alias, check_state, integer, number, require
-from optfn.compose import chain
+from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
 from optfn.leafwise import aligned, leafwise
 from optfn.numerics import Scalar, as_complex, as_real, bias_correction, lerp
@@ -218,6 +218,7 @@ def sophia(
     hessian_diagonal_fn: GradientTransformation | None = None,
     mu_dtype: torch.dtype | None = None,
     mask: Any = None,
+    maximize: bool = False,
 ) -> GradientTransformation:
     r"""Sophia, with decoupled weight decay.
 
@@ -237,6 +238,7 @@ def sophia(
         hessian_diagonal_fn: a transformation that gives the estimates; :func:`hutchinson_estimator_diag_hessian` if None.
         mu_dtype: dtype of the momentum; the parameter's if None.
         mask: True for the leaves that decay, as in :func:`masked`; None for all.
+        maximize: ascend instead, with ``obj_fn`` the negated objective; the decay still pulls to 0.
 
     Raises:
         TypeError: from ``update``: ``params`` or ``obj_fn`` is missing.
@@ -253,4 +255,4 @@ def sophia(
         {'w': tensor([1.9000])}
     """
     rule = scale_by_sophia(*betas, eps, gamma, clip_threshold, update_interval, hessian_diagonal_fn, mu_dtype)
-    return chain(rule, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))
+    return chain(negate_if(maximize), rule, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(lr))

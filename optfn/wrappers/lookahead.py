@@ -62,7 +62,8 @@ def lookahead(
     The slow parameters :math:`\phi` are in the state: evaluate with ``optfn.tree.get(state, "slow")``. Where the parameters given
     to ``init`` and ``update`` are :class:`LookaheadParams`, these hold them, as in Optax: gradients are taken at ``params.fast``,
     and the updates are for both. Nothing after it may change the updates. In the step after a move the slow parameters in the state
-    are taken from the fast ones, which they are equal to. A leaf whose update is None when the others are moved stays.
+    are taken from the fast ones, which they are equal to. A leaf whose update is None when the others are moved stays. The state of
+    the fast optimizer is kept over a move, as by default in Optax; some pull its momentum back with the parameters.
 
     Args:
         fast_optimizer: what makes :math:`u`.
