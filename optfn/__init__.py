@@ -18,7 +18,7 @@ from optfn.compose import (
     selective_transform,
 )
 from optfn.core import GradientTransformation, apply_updates, identity, is_elementwise, stateless
-from optfn.leafwise import CoupledState, LeafwiseState, coupled, leafwise, stateless_with_tree_map
+from optfn.leafwise import CoupledState, Extent, LeafwiseState, coupled, leafwise, stateless_with_tree_map
 from optfn.matrices import GaLoreDimensionNumbers, MuonDimensionNumbers
 from optfn.microbatching import microbatch
 from optfn.minimize import MinimizeResult, minimize
@@ -227,6 +227,7 @@ __all__ = [
     "DowgShared",
     "EmaParamsState",
     "EmaSlots",
+    "Extent",
     "EstimateShared",
     "FactoredSlots",
     "GaLoreDimensionNumbers",

@@ -8,7 +8,8 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import check_state, each_leaf, not_its_state
 from optfn.core import GradientTransformation, check_transformation, identity, in_form, is_elementwise, transformation
-from optfn.leafwise import Leaves, Sweep, aligned, begin_of, lifted, stateless_with_tree_map
+from optfn.leafwise import aligned, begin_of, lifted, stateless_with_tree_map
+from optfn.sweep import Leaves, Sweep
 
 __all__ = [
     "MaskedState",
@@ -60,11 +61,12 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         links = [link(leaves, s) for link, s in zip(begins, state, strict=True)]
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
-            for one, _ in links:
-                g = one(i, g, p)
+            for link in links:
+                g = link.each(i, g, p)
             return g
 
-        return each, lambda: tuple(end() for _, end in links)
+        flat = tuple(inner for link in links for inner in link.links or (link,))
+        return Sweep(each, lambda: tuple(link.end() for link in links), links=flat)
 
     if not transformations:
         return GradientTransformation(init, identity().update)

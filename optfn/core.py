@@ -10,6 +10,8 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.checks import check_no_state, refuse_torch
+from optfn.sharding import is_sharded, like, local, placed_as
+from optfn.sweep import Sweep
 
 __all__ = [
     "GradientTransformation",
@@ -90,7 +92,7 @@ def identity() -> GradientTransformation:
 
     def begin(leaves: Any, state: Any) -> Any:
         check_no_state("identity", state)
-        return (lambda i, g, p: g), (lambda: state)
+        return Sweep(lambda i, g, p: g, lambda: state, "entries", reads_params=False)
 
     update.begin = begin  # type: ignore[attr-defined]  # optfn.leafwise.lifted
     return transformation(lambda params: (), update, elementwise=True)
@@ -242,6 +244,11 @@ def added(params: Any, updates: Any) -> tuple[Any, bool]:
         if not isinstance(u, Tensor) or u.shape != p.shape:
             what = f"shape {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
             raise ValueError(f"the update of {tree.paths(params)[i]!r} must be a tensor of shape {tuple(p.shape)}, got {what}")
+        if is_sharded(p) or is_sharded(u):
+            if is_sharded(p) != is_sharded(u):
+                where, other = ("the parameter", "its update") if is_sharded(p) else ("its update", "the parameter")
+                raise TypeError(f"{tree.paths(params)[i]!r}: {where} lies on several processes, {other} does not")
+            return like(add(i, local(p), local(placed_as(u, p))), p)
         if p.dtype == u.dtype:
             return p + u
         wide = torch.promote_types(p.dtype, u.dtype)

@@ -4,6 +4,8 @@ Everything that is not an algorithm's math is here, once: the loop over leaves, 
 half precision in float32, sparse gradients, and the errors, which name the leaf.
 """
 
+import dis
+import types
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +15,14 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import check_no_state, check_state, not_its_state, require, rule_name
 from optfn.core import GradientTransformation, on_devices, transformation
-from optfn.numerics import as_complex, as_real, compute_dtype, real_dtype
+from optfn.numerics import as_complex, as_real, compute_dtype, norm, real_dtype
+from optfn.sharding import cut, is_sharded, like, local, whole
+from optfn.sweep import Each, Extent, Leaves, Needs, Owners, Sweep, as_pieces, joint_totals, swept
 
 __all__ = [
     "CoupledState",
+    "Each",
+    "Extent",
     "LeafwiseState",
     "Leaves",
     "Sweep",
@@ -32,22 +38,6 @@ __all__ = [
 Sparse = Literal["error", "dense", "values"]
 Complex = Literal["real", "error"]
 Rule = Callable[..., Any]
-
-
-class Leaves(NamedTuple):
-    """The trees that an update was handed, and their leaves side by side; None for each parameter where none are given."""
-
-    updates: Any
-    params: Any
-    grads: list[Any]
-    owners: list[Any]
-    spec: Any
-
-
-Each = Callable[[int, Tensor, Tensor | None], Tensor]
-"""What happens to one leaf, by its number, gradient and parameter."""
-Sweep = tuple[Each, Callable[[], Any]]
-"""What is called for each leaf that has a gradient, and after that what gives the new state."""
 
 
 def lifted(
@@ -79,11 +69,10 @@ def lifted(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if check is not None:
             check(state)  # first: of arguments in another order it says so
-        leaves = aligned(updates, params)
-        each, end = begin(leaves, state)
-        pairs = enumerate(zip(leaves.grads, leaves.owners, strict=True))
-        directions = [None if g is None else each(i, g, p) for i, (g, p) in pairs]
-        return tree.unflatten(leaves.spec, directions), end()
+        leaves = as_pieces(aligned(updates, params))
+        sweep = begin(leaves, state)
+        directions = swept(sweep, leaves)
+        return tree.unflatten(leaves.spec, directions), sweep.end()
 
     tx = transformation(init, update, elementwise=elementwise)
     update.begin = checked  # type: ignore[attr-defined]
@@ -114,6 +103,7 @@ def leafwise(
     update: Callable[[Tensor, Any, Any, Any], tuple[Tensor, Any]],
     *,
     elementwise: bool = False,
+    norms: Callable[[Tensor, Any], tuple[Tensor, ...]] | None = None,
     at_step: Callable[[Tensor], Any] | None = None,
     needs_params: bool = False,
     sparse: Sparse = "error",
@@ -131,6 +121,10 @@ def leafwise(
         update: ``update(g, slots, p, step) -> (direction, slots)``, a pure function in plain torch calls.
         elementwise: declares that an entry of the result depends on that entry alone, so that
             :func:`sparse_masked` may run the rule on some of the entries.
+        norms: declares that but for some norms, or root mean squares, an entry of the result depends on that entry alone:
+            ``norms(g, p)`` gives the tensors, shaped as ``g``, and ``update(g, slots, p, step, extents)`` is handed the
+            :class:`Extent` of each. Where neither this nor ``elementwise`` is declared the rule is shown whole tensors, wherever
+            their pieces lie.
         at_step: what of the rule depends on its step alone, such as bias corrections, computed for all leaves at once:
             called with the steps of all leaves in one vector, it gives a vector, or a tuple of them, and the rule is handed its
             leaf's entry, or the tuple of its entries, as ``step``. What in the tuple is no vector is handed to each leaf as it is.
@@ -164,17 +158,20 @@ def leafwise(
         >>> updates
         {'w': tensor([ 1., -1.])}
     """
-    lift = _Lift(update, elementwise, needs_params, sparse, complex_)
+    lift = _Lift(update, elementwise, needs_params, sparse, complex_, norms)
 
     def check(state: Any) -> None:
         if not isinstance(state, LeafwiseState):
             check_state(rule_name(update), state, LeafwiseState)
 
     def begin(leaves: Leaves, state: LeafwiseState) -> Sweep:
-        sweep = _Pass(lift, at_step, leaves, state)
-        return sweep.each, lambda: LeafwiseState(sweep.step, sweep.slots())
+        each = _Pass(lift, at_step, leaves, state)
+        return lift.sweep(leaves, each.each, lambda: LeafwiseState(each.step, each.slots()), each)
 
-    return lifted(lambda params: LeafwiseState(*_first_state(init, params, complex_)), begin, check=check, elementwise=elementwise)
+    def first(params: Any) -> LeafwiseState:
+        return LeafwiseState(*_first_state(init, params, complex_, lift.needs))
+
+    return lifted(first, begin, check=check, elementwise=elementwise)
 
 
 class CoupledState(NamedTuple):
@@ -198,6 +195,7 @@ def coupled(
     update: Callable[..., tuple[Tensor, Any]],
     *,
     shared: Any,
+    elementwise: bool = False,
     at_step: Callable[[Tensor], Any] | None = None,
     needs_params: bool = False,
     extra: tuple[str, ...] = (),
@@ -219,10 +217,14 @@ def coupled(
         update: ``update(g, slots, p, step, shared) -> (direction, slots)``, the second pass, with the slots of the first one.
         shared: a NamedTuple of numbers or 0-dim tensors, what the shared scalars are before the first update; or a function that
             makes it of the parameters.
+        elementwise: declares that what a leaf adds to a sum is a sum over its entries, and that but for what is shared an
+            entry of the slots and of the direction depends on that entry alone. If not, the rule is shown whole tensors, wherever
+            their pieces lie.
         at_step: as in :func:`leafwise`.
         needs_params: whether the rule reads ``p``.
         extra: the names of arguments of the transformation's update that ``decide`` needs, such as ``"value"``, the loss: numbers
-            or 0-dim tensors, which it is handed as tensors of the dtype of the sums.
+            or 0-dim tensors, which it is handed as tensors of the dtype of the sums. Where leaves lie on several processes it is
+            handed the mean of what these were given.
         complex_: as in :func:`leafwise`.
 
     Returns:
@@ -250,12 +252,13 @@ def coupled(
         ({'a': tensor([0.6000]), 'b': tensor([0.8000])}, tensor(5.))
     """
     lift = _Lift(update, False, needs_params, "error", complex_)
+    needs: Needs = "entries" if elementwise else "whole"
 
     def init_fn(params: Any) -> CoupledState:
-        step, slots = _first_state(init, params, complex_)
+        step, slots = _first_state(init, params, complex_, needs)
         dtype = compute_dtype(*map(as_real, tree.leaves(params)))
         start: Any = shared(tree.map(torch.detach, params)) if callable(shared) else shared
-        return CoupledState(step, slots, start._make([_shared_scalar(x, dtype, step.device) for x in start]))
+        return CoupledState(step, slots, start._make([_shared_scalar(whole(x), dtype, step.device) for x in start]))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **given: Any) -> tuple[Any, CoupledState]:
         if not isinstance(state, CoupledState):
@@ -266,24 +269,47 @@ def coupled(
             if isinstance(x := given[name], Tensor) and x.ndim:
                 said = f"{rule_name(update)}: {name!r} must be a number or a 0-dim tensor, got shape {tuple(x.shape)}"
                 raise ValueError(f"{said}: its mean or its sum, say")
-        leaves = aligned(updates, params)
-        present = [(i, g, p) for i, (g, p) in enumerate(zip(leaves.grads, leaves.owners, strict=True)) if g is not None]
-        if not present:
+        leaves = as_pieces(aligned(updates, params))
+        if all(g is None for g in leaves.grads):
             return tree.unflatten(leaves.spec, leaves.grads), state
         sweep = _Pass(lift, at_step, leaves, state)
-        contributed: list[Any] = [sweep.each(i, g, p, measure, (state.shared,), last=False) for i, g, p in present]
-        sums = [torch.stack(x).to(sweep.step.device) for x in contributed]
-        wide = compute_dtype(*sums)
-        totals = torch.stack([x.to(wide) for x in sums]).sum(0).unbind()
-        numbers = {name: torch.as_tensor(given[name], dtype=wide, device=sweep.step.device) for name in extra}
+        owners = None
+        grads, params_, mine = leaves.grads, leaves.owners, [i for i, g in enumerate(leaves.grads) if g is not None]
+        if leaves.homes is not None and not elementwise:
+            owners = Owners([sweep], leaves, leaves.grads, reads=needs_params or _reads(measure, 2) or _reads(update, 2))
+            grads, params_, mine = owners.grads, owners.params, owners.mine
+        contributed: list[Any] = [sweep.each(i, grads[i], params_[i], measure, (state.shared,), last=False) for i in mine]
+        rows = [torch.stack(x).to(sweep.step.device) for x in contributed]
+        if leaves.homes is None:
+            wide = compute_dtype(*rows)
+            totals, numbers = torch.stack([x.to(wide) for x in rows]).sum(0).unbind(), [given[name] for name in extra]
+        else:
+            wide = real_dtype(compute_dtype(*leaves.grads, *leaves.owners))
+            count = len(rows[0]) if rows else _count(measure, sweep, leaves, state.shared)
+            totals, numbers = joint_totals(
+                dict(zip(mine, rows, strict=True)), count, [given[name] for name in extra], leaves, owners
+            )
+        numbers = {name: torch.as_tensor(x, dtype=wide, device=sweep.step.device) for name, x in zip(extra, numbers, strict=True)}
         decided = decide(state.shared, totals, **numbers)
         decided = decided._make([_narrowed(x, like) for x, like in zip(decided, state.shared, strict=True)])
-        directions = leaves.grads.copy()
-        for i, g, p in present:
-            directions[i] = sweep.each(i, g, p, update, (decided,))
+        directions = grads.copy()
+        for i in mine:
+            directions[i] = sweep.each(i, grads[i], params_[i], update, (decided,))
+        if owners is not None:
+            directions = owners.sent_back(directions)
+        if leaves.homes is not None:
+            directions = [like(x, home) for x, home in zip(directions, leaves.homes, strict=True)]
         return tree.unflatten(leaves.spec, directions), CoupledState(sweep.step, sweep.slots(), decided)
 
     return transformation(init_fn, update_fn)
+
+
+def _count(measure: Rule, sweep: "_Pass", leaves: Leaves, shared: Any) -> int:
+    """How many sums a rule measures, for a process that owns no leaf: found without numbers."""
+    i = next(i for i, g in enumerate(leaves.grads) if g is not None)
+    g, p, slots, shared = tree.map(lambda x: x.to("meta"), (leaves.grads[i], leaves.owners[i], sweep.now[i], shared))
+    dtype = _real_dtype(g, p)
+    return len(_apply(measure, g, slots, p, sweep.steps.of(i, dtype, torch.device("meta")), dtype, (shared,))[0])
 
 
 def _shared_scalar(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -292,18 +318,31 @@ def _shared_scalar(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(x, dtype=dtype if isinstance(x, float) else None, device=device)
 
 
-def _first_state(init: Callable[[Tensor], Any], params: Any, complex_: Complex) -> tuple[Tensor, Any]:
+def _first_state(init: Callable[[Tensor], Any], params: Any, complex_: Complex, needs: Needs) -> tuple[Tensor, Any]:
     """The steps and the slots of parameters that have had no update."""
     leaves, spec = tree.checked(params, "params")
-    slots = [() if p is None else _init_leaf(init, p.detach(), complex_, params, i) for i, p in enumerate(leaves)]
+
+    def of(i: int, p: Tensor) -> Any:
+        if not is_sharded(p):
+            return _init_leaf(init, p, complex_, params, i)
+        full = torch.empty(p.shape, dtype=p.dtype, device="meta") if needs != "whole" else whole(p)
+        slots = _init_leaf(init, full, complex_, params, i)
+        own = [isinstance(x, Tensor) and x.shape == p.shape for x in slots]
+        if needs == "whole":
+            return slots if type(slots) is tuple else slots._make(cut(x, p) if o else x for x, o in zip(slots, own, strict=True))
+        here = _init_leaf(init, local(p), complex_, params, i)
+        return here if type(here) is tuple else here._make(like(x, p) if o else x for x, o in zip(here, own, strict=True))
+
+    slots = [() if p is None else of(i, p.detach()) for i, p in enumerate(leaves)]
     device = next((p.device for p in leaves if p is not None), None)
     return torch.zeros(len(leaves), dtype=torch.int64, device=device), _by_field(spec, slots)
 
 
 def stateless_with_tree_map(
-    f: Callable[[Tensor, Any], Tensor],
+    f: Callable[..., Tensor],
     *,
     elementwise: bool = True,
+    norms: Callable[[Tensor, Any], tuple[Tensor, ...]] | None = None,
     needs_params: bool = False,
     sparse: Sparse = "error",
     complex_: Complex = "real",
@@ -315,6 +354,7 @@ def stateless_with_tree_map(
     Args:
         f: called for every update that is not None; ``p`` is None where no params are given.
         elementwise: whether an entry of the result depends on that entry alone.
+        norms: with ``elementwise=False``, as in :func:`leafwise`: ``f(g, p, extents)`` depends on these besides.
         needs_params: whether ``f`` reads ``p``.
         sparse: what a sparse COO gradient is to ``f``, as in :func:`leafwise`.
         complex_: what a complex tensor is to ``f``, as in :func:`leafwise`.
@@ -324,22 +364,23 @@ def stateless_with_tree_map(
         >>> tx.update({"w": torch.tensor([-3.0, 2.0]), "b": None}, ())
         ({'w': tensor([-1.,  1.]), 'b': None}, ())
     """
-    lift = _Lift(f, elementwise, needs_params, sparse, complex_)
+    lift = _Lift(f, elementwise, needs_params, sparse, complex_, norms)
 
     def begin(leaves: Leaves, state: Any) -> Sweep:
         lift.require_params(leaves)
 
-        def each(i: int, g: Tensor, p: Tensor | None, shared: tuple[Any, ...] = ()) -> Tensor:
+        def each(i: int, g: Tensor, p: Tensor | None, shared: tuple[Any, ...] = (), extents: Any = None) -> Tensor:
             values, rebuild = lift.values(leaves, i, g, p)
             dtype = _real_dtype(values, p)
+            seen, owner = _widened(values, dtype), _widened(p, dtype)
             try:
-                direction = _narrowed(f(_widened(values, dtype), _widened(p, dtype), *shared), values)
+                direction = _narrowed(f(seen, owner, *shared, *lift.extents(seen, owner, extents)), values)
             except RuntimeError as error:
                 _explain(error, f, leaves, i, ())
                 raise
             return rebuild(direction) if rebuild else direction
 
-        return each, lambda: state
+        return lift.sweep(leaves, each, lambda: state)
 
     def check(state: Any) -> None:
         if type(state) is not tuple or state:
@@ -470,6 +511,32 @@ class _Lift(NamedTuple):
     needs_params: bool
     sparse: Sparse
     complex_: Complex
+    norms: Callable[[Tensor, Any], tuple[Tensor, ...]] | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return "entries" if self.elementwise else "whole" if self.norms is None else "norms"
+
+    def sweep(self, leaves: Leaves, each: Each, end: Callable[[], Any], slots: "_Pass | None" = None) -> Sweep:
+        if leaves.homes is None:
+            return Sweep(each, end)  # nobody asks for more
+
+        def norms(i: int, g: Tensor, p: Tensor | None) -> tuple[Tensor, ...]:
+            values, _ = self.values(leaves, i, g, p)
+            dtype = _real_dtype(values, p)
+            return tuple(norm(x) for x in self.measured(_widened(values, dtype), _widened(p, dtype)))
+
+        reads = self.needs_params or _reads(self.rule, 1 if slots is None else 2)
+        return Sweep(each, end, self.needs, reads, None if self.norms is None else norms, slots)
+
+    def measured(self, g: Tensor, p: Any) -> tuple[Tensor, ...]:
+        return () if self.norms is None else self.norms(g, p)
+
+    def extents(self, g: Tensor, p: Any, known: Any) -> tuple[Any, ...]:
+        """What a rule that needs norms is handed besides: those that are known, or else those of what it is shown."""
+        if self.norms is None:
+            return ()
+        return (known or tuple(Extent(norm(x), x.numel()) for x in self.norms(g, p)),)
 
     def require_params(self, leaves: Leaves) -> None:
         if self.needs_params and leaves.params is None and leaves.updates is not None:
@@ -482,7 +549,7 @@ class _Lift(NamedTuple):
         usual = p is not None and g.dtype == p.dtype and g.is_floating_point() and g.layout == torch.strided and g.shape == p.shape
         if usual and (slot is None or (g.dtype == slot.dtype and g.shape == slot.shape)):
             return g, None
-        if p is None and leaves.params is not None:
+        if p is None and leaves.params is not None and leaves.owners[i] is None:  # else nobody reads it
             raise ValueError(f"{_where(self.rule, leaves.updates, i)} has an update, but no parameter")
         if not g.is_floating_point():
             _check_complex(g, self.complex_, self.rule, leaves.updates, i)
@@ -517,7 +584,8 @@ class _Pass:
     def __init__(self, lift: _Lift, at_step: Callable[[Tensor], Any] | None, leaves: Leaves, state: Any) -> None:
         lift.require_params(leaves)
         self.lift, self.leaves = lift, leaves
-        self.now, self.spec = _by_leaf(leaves, state)
+        self.homes, self.spec = _by_leaf(leaves, state)
+        self.now = list(self.homes) if leaves.homes is None else [self._pieces(i, s) for i, s in enumerate(self.homes)]
         self.before = list(self.now)
         self.kept = len(state.slots) > 0
         present = [g is not None for g in leaves.grads]
@@ -525,8 +593,25 @@ class _Pass:
         # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
         self.steps = _Steps(self.step if all(present) else self.step.clamp_min(1), at_step)
 
+    def _pieces(self, i: int, slots: Any) -> Any:
+        """The slots of a leaf as this process has them."""
+        home: Any = (self.leaves.homes or ())[i]
+        for x in slots:
+            if is_sharded(x) and not is_sharded(home):
+                said = "the state lies on several processes, the leaf does not"
+                raise ValueError(f"{_where(self.lift.rule, self.leaves.updates, i)}: {said}")
+        return slots if type(slots) is tuple else slots._make([local(x) for x in slots])
+
     def each(
-        self, i: int, g: Tensor, p: Tensor | None, rule: Rule | None = None, shared: tuple[Any, ...] = (), *, last: bool = True
+        self,
+        i: int,
+        g: Tensor,
+        p: Tensor | None,
+        rule: Rule | None = None,
+        shared: tuple[Any, ...] = (),
+        extents: Any = None,
+        *,
+        last: bool = True,
     ) -> Any:
         lift, slots = self.lift, self.now[i]
         slot = _first_tensor(slots)
@@ -537,6 +622,8 @@ class _Pass:
         dtype = _real_dtype(values, p)
         try:
             step = self.steps.of(i, dtype, values.device)
+            if lift.norms is not None:
+                shared += lift.extents(_widened(values, dtype), _widened(p, dtype), extents)
             answer, new = _apply(rule or lift.rule, values, slots, p, step, dtype, shared)
         except (AttributeError, RuntimeError, TypeError) as error:
             _explain(error, lift.rule, self.leaves, i, slots)
@@ -545,7 +632,10 @@ class _Pass:
         return rebuild(answer) if rebuild else answer
 
     def slots(self) -> Any:
-        return _by_field(self.spec, self.now)
+        if self.leaves.homes is None:
+            return _by_field(self.spec, self.now)
+        pairs = zip(self.now, self.homes, strict=True)
+        return _by_field(self.spec, [s if type(s) is tuple else s._make(map(like, s, before)) for s, before in pairs])
 
 
 def _apply(
@@ -564,6 +654,18 @@ def _cast_back(new: Any, before: Any, dtype: torch.dtype) -> Any:
     if _plain(before, dtype) and _plain(new, dtype):
         return new
     return new._make([_narrowed(x, like) for x, like in zip(new, before, strict=True)])
+
+
+def _reads(rule: Rule, k: int) -> bool:
+    """Whether a rule may look at its argument number ``k``: unless its code says that it doesn't."""
+    if not isinstance(rule, types.FunctionType) or rule.__code__.co_argcount <= k:
+        return True
+    code, name = rule.__code__, rule.__code__.co_varnames[k]
+    if name in code.co_cellvars:
+        return True
+    return any(
+        step.argval == name or (isinstance(step.argval, tuple) and name in step.argval) for step in dis.get_instructions(code)
+    )
 
 
 def _explain(error: Exception, rule: Rule, leaves: Leaves, i: int, slots: Any) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import each_leaf
 from optfn.core import GradientTransformation
-from optfn.leafwise import Leaves, Sweep, begin_of, lifted
+from optfn.leafwise import begin_of, lifted
+from optfn.sweep import Leaves, Sweep
 
 __all__ = [
     "GaLoreDimensionNumbers",
@@ -149,7 +150,7 @@ def with_numbers(tx: GradientTransformation, given: Any) -> GradientTransformati
 
     def begin(leaves: Leaves, state: Any) -> Sweep:
         numbers = of_all(leaves.updates if leaves.params is None else leaves.params)
-        each, end = begin_of(tx)(leaves, state)
-        return lambda i, g, p: each(i, g, p, shared=(numbers[i],)), end
+        sweep: Sweep = begin_of(tx)(leaves, state)
+        return sweep._replace(each=lambda i, g, p, **known: sweep.each(i, g, p, shared=(numbers[i],), **known))
 
     return lifted(init, begin)

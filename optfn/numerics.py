@@ -23,6 +23,7 @@ __all__ = [
     "global_norm",
     "lerp",
     "norm",
+    "norm_of_norms",
     "ratio",
     "ravel",
     "real_dtype",
@@ -211,7 +212,16 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
-    norms = [norm(x, order) for x in tensors]
+    return norm_of_norms([norm(x, order) for x in tensors], order)
+
+
+def norm_of_norms(norms: list[Tensor], order: float = 2.0) -> Tensor:
+    """The vector norm of norms, in the widest of their dtypes; 0 where there are none.
+
+    Example:
+        >>> norm_of_norms([torch.tensor(3.0), torch.tensor(4.0)])
+        tensor(5.)
+    """
     if not norms:
         return torch.zeros(())
     dtype, device = norms[0].dtype, norms[0].device

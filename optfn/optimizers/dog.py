@@ -101,7 +101,7 @@ def _by_distance(decide: Callable[..., Any], shared: Any, sized: bool = False) -
 
     for function in (init, measure, update):
         function.__qualname__ = decide.__qualname__  # by which messages name the rule
-    return coupled(init, measure, decide, update, shared=shared, needs_params=True)
+    return coupled(init, measure, decide, update, shared=shared, elementwise=True, needs_params=True)
 
 
 def scale_by_dog(

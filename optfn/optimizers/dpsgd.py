@@ -72,6 +72,7 @@ def differentially_private_aggregate(
     start = random.as_key("differentially_private_aggregate", key)
 
     def init(params: Any) -> DifferentiallyPrivateAggregateState:
+        tree.check_here("differentially_private_aggregate", params)
         return DifferentiallyPrivateAggregateState(start.to(tree.new_count(params).device, copy=True))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DifferentiallyPrivateAggregateState]:

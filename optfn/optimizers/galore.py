@@ -108,6 +108,7 @@ def scale_by_galore(
 
     def init(params: Any) -> GaLoreState:
         leaves, spec = tree.checked(params, "scale_by_galore: params")
+        tree.check_here("scale_by_galore", params)
         tall = [None if n is None else _tall(p, n) for p, n in zip(leaves, numbers_of(params, given), strict=True)]
         low = [
             p if x is None else x.new_zeros(*x.shape[:-2], min(rank, x.shape[-1]), x.shape[-1])

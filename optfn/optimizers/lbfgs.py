@@ -158,6 +158,7 @@ def lbfgs(
         return [torch.zeros_like(p) if g is None and p is not None else g for g, p in zip(found, owners, strict=True)], spec
 
     def init(params: Any) -> LbfgsState:
+        tree.check_here("lbfgs", params)
         params_checked.init(params)
         zero = torch.zeros_like(_ravel(tree.leaves(params)))
         history = zero.new_zeros(history_size, len(zero))
@@ -301,6 +302,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
     grads_checked = stateless_with_tree_map(lambda g, p: g, elementwise=False, needs_params=True)
 
     def init(params: Any) -> ScaleByLBFGSState:
+        tree.check_here("scale_by_lbfgs", params)
         params_checked.init(params)
         like = _ravel(tree.leaves(params), owner="scale_by_lbfgs")
         zeros = [tree.zeros_like(params) for _ in range(2)]

@@ -130,7 +130,7 @@ def scale_by_polyak(
         return shared.step_size * g, slots
 
     start: Any = PolyakShared(0.0)  # type: ignore[arg-type]
-    return coupled(lambda p: (), measure, decide, update, shared=start, extra=("value",))
+    return coupled(lambda p: (), measure, decide, update, shared=start, elementwise=True, extra=("value",))
 
 
 def _step_size(
@@ -210,7 +210,7 @@ def scale_by_momo(
         return shared.step_size * slots.mu + lr * decay / (1 + lr * decay) * p, slots
 
     start: Any = MomoShared(0.0, 0.0, 1.0 * bound, 0.0, 0)  # type: ignore[arg-type]
-    return coupled(init, measure, decide, update, shared=start, needs_params=True, extra=("value",))
+    return coupled(init, measure, decide, update, shared=start, elementwise=True, needs_params=True, extra=("value",))
 
 
 @alias
@@ -281,7 +281,17 @@ def scale_by_momo_adam(
         return shared.step_size * direction + lr * decay / (1 + lr * decay) * p, slots
 
     start: Any = MomoShared(0.0, 0.0, 1.0 * bound, 0.0, 0)  # type: ignore[arg-type]
-    return coupled(init, measure, decide, update, shared=start, at_step=at_step, needs_params=True, extra=("value",))
+    return coupled(
+        init,
+        measure,
+        decide,
+        update,
+        shared=start,
+        elementwise=True,
+        at_step=at_step,
+        needs_params=True,
+        extra=("value",),
+    )
 
 
 @alias

@@ -8,7 +8,7 @@ from torch import Tensor
 from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
-from optfn.leafwise import leafwise
+from optfn.leafwise import Extent, leafwise
 from optfn.numerics import Scalar, add_scaled, compute_dtype, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -70,8 +70,8 @@ def scale_by_novograd(
     def init(p: Tensor) -> NovogradSlots:
         return NovogradSlots(torch.zeros_like(p, dtype=mu_dtype), p.new_zeros((), dtype=compute_dtype(p)))
 
-    def update(g: Tensor, slots: NovogradSlots, p: Any, weight: Tensor) -> tuple[Tensor, NovogradSlots]:
-        nu = lerp(slots.nu, g.square().sum(), weight)
+    def update(g: Tensor, slots: NovogradSlots, p: Any, weight: Tensor, extents: tuple[Extent]) -> tuple[Tensor, NovogradSlots]:
+        nu = lerp(slots.nu, extents[0].norm.square(), weight)
         rescaled = g / (sqrt(nu, eps_root) + eps)
         mu = add_scaled(rescaled if is_zero(decay) else add_scaled(rescaled, p, decay), slots.mu, b1)
         return mu, NovogradSlots(mu, nu)
@@ -79,7 +79,7 @@ def scale_by_novograd(
     def at_step(step: Tensor) -> Tensor:
         return 1 - (step > 1).to(step.dtype) * b2  # 1 in the first step
 
-    return leafwise(init, update, at_step=at_step, needs_params=not is_zero(decay))
+    return leafwise(init, update, norms=lambda g, p: (g,), at_step=at_step, needs_params=not is_zero(decay))
 
 
 @alias

@@ -138,7 +138,7 @@ def scale_by_prodigy(
         return shared.last_estim_lr * size * (direction + weight_decay * p), slots
 
     start: Any = EstimateShared(1.0 * d0, 0.0, 0.0)  # type: ignore[arg-type]
-    return coupled(init, measure, decide, update, shared=start, at_step=at_step, needs_params=True)
+    return coupled(init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True)
 
 
 @alias
@@ -210,7 +210,7 @@ def scale_by_dadapt_adamw(
         return slots.mu / (sqrt(slots.nu) + eps) + shared.last_estim_lr * size * weight_decay * p, slots
 
     start: Any = EstimateShared(1.0 * d0, 0.0, 0.0)  # type: ignore[arg-type]
-    return coupled(init, measure, decide, update, shared=start, at_step=at_step, needs_params=True)
+    return coupled(init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True)
 
 
 @alias

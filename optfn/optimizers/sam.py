@@ -114,7 +114,7 @@ def sam(
             back = c.to(wide) - p.to(wide)
             return torch.where(last.to(g.device), back if u is None else back + u.to(wide), up).to(g.dtype)
 
-        new = tree.map(turn, updates, uphill, down, cache, params)
+        new = tree.map_entries(turn, updates, uphill, down, cache, params)
         fresh = adv_optimizer.init(params) if reset_state else state.adv_state
         return new, SAMState(
             (state.steps_since_sync + 1) % sync_period,

@@ -125,9 +125,9 @@ def schedule_free(
             return z if u is None else (z.to(wide) + u.to(wide)).to(z.dtype)
 
         # It began as the parameters; taken from them once more, derivatives with respect to them go through it.
-        before = select(state.step_count == 0, tree.map(lambda p, z: p.to(z.dtype), params, state.z), state.z)
-        z = tree.map(stepped, before, updates)
-        new = tree.map(moved, updates, params, before)
+        before = select(state.step_count == 0, tree.map_entries(lambda p, z: p.to(z.dtype), params, state.z), state.z)
+        z = tree.map_entries(stepped, before, updates)
+        new = tree.map_entries(moved, updates, params, before)
         return new, ScheduleFreeState(now, total, state.step_count + 1, max_lr, base_state, z)
 
     return transformation(init, update)
@@ -167,7 +167,7 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
                 return _average(s, y, z)
         return y
 
-    return tree.map(evaluated, params, *(s.z for s in states))
+    return tree.map_entries(evaluated, params, *(s.z for s in states))
 
 
 def _average(state: ScheduleFreeState, y: Tensor, z: Tensor) -> Tensor:

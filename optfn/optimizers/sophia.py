@@ -63,6 +63,7 @@ def hutchinson_estimator_diag_hessian(random_seed: int | Tensor | None = None) -
     start = random.as_key("hutchinson_estimator_diag_hessian", 0 if random_seed is None else random_seed)
 
     def init(params: Any) -> HutchinsonState:
+        tree.check_here("hutchinson_estimator_diag_hessian", params)
         return HutchinsonState(start.to(tree.new_count(params).device, copy=True))
 
     def update(

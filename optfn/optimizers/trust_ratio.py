@@ -8,8 +8,8 @@ from torch import Tensor
 from optfn.checks import alias, number
 from optfn.compose import chain, masked, negate_if
 from optfn.core import GradientTransformation
-from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar, norm
+from optfn.leafwise import Extent, stateless_with_tree_map
+from optfn.numerics import Scalar
 from optfn.optimizers.adam import scale_by_adam
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
@@ -47,12 +47,12 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
     least, eps = number("min_norm", min_norm, at_least=0), number("eps", eps, at_least=0)
     eta = number("trust_coefficient", trust_coefficient, at_least=0)
 
-    def scaled(g: Tensor, p: Tensor) -> Tensor:
-        p_norm, g_norm = norm(p).clamp_min(least), norm(g).clamp_min(least)
+    def scaled(g: Tensor, p: Tensor, extents: tuple[Extent, Extent]) -> Tensor:
+        p_norm, g_norm = (extent.norm.clamp_min(least) for extent in extents)
         none = (p_norm == 0) | (g_norm == 0)
         return g * torch.where(none, 1, eta * p_norm / torch.where(none, 1, g_norm + eps))
 
-    return stateless_with_tree_map(scaled, elementwise=False, needs_params=True)
+    return stateless_with_tree_map(scaled, elementwise=False, norms=lambda g, p: (p, g), needs_params=True)
 
 
 @alias

@@ -9,8 +9,8 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import check_state, number
 from optfn.core import GradientTransformation, stateless, transformation
-from optfn.leafwise import stateless_with_tree_map
-from optfn.numerics import Scalar, compute_dtype, rms, widened_scalar
+from optfn.leafwise import Extent, stateless_with_tree_map
+from optfn.numerics import Scalar, compute_dtype, widened_scalar
 from optfn.transforms.scaling import scale
 
 __all__ = [
@@ -123,10 +123,10 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     """
     bound = number("threshold", threshold, above=0)
 
-    def clipped(g: Tensor, p: Any) -> Tensor:
-        return g / (rms(g) / bound).clamp_min(1)
+    def clipped(g: Tensor, p: Any, extents: tuple[Extent]) -> Tensor:
+        return g / (extents[0].rms() / bound).clamp_min(1)
 
-    return stateless_with_tree_map(clipped, elementwise=False)
+    return stateless_with_tree_map(clipped, elementwise=False, norms=lambda g, p: (g,))
 
 
 def unitwise_norm(x: Tensor, axis: Axis = None) -> Tensor:

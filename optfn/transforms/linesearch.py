@@ -162,6 +162,7 @@ def scale_by_backtracking_linesearch(
     absolute, relative = number("atol", atol, at_least=0), number("rtol", rtol, at_least=0)
 
     def init(params: Any) -> ScaleByBacktrackingLinesearchState:
+        tree.check_here("scale_by_backtracking_linesearch", params)
         one, count = _one(params), tree.new_count(params)
         info = BacktrackingLinesearchInfo(count, torch.inf * one)
         return ScaleByBacktrackingLinesearchState(one, torch.inf * one, tree.zeros_like(params) if store_grad else (), info)
@@ -373,6 +374,7 @@ def scale_by_zoom_linesearch(
         )
 
     def init(params: Any) -> ScaleByZoomLinesearchState:
+        tree.check_here("scale_by_zoom_linesearch", params)
         one, count = _one(params), tree.new_count(params)
         info = ZoomLinesearchInfo(count, torch.inf * one, torch.inf * one)
         return ScaleByZoomLinesearchState(one, torch.inf * one, tree.zeros_like(params), info)

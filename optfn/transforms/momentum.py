@@ -164,9 +164,9 @@ def apply_every(k: int = 1) -> GradientTransformation:
             wide = compute_dtype(g, gathered)
             return gathered.to(wide) + g.to(wide)
 
-        total = tree.map(add, updates, state.grad_acc)
-        new = tree.map(lambda g, x: torch.where(now.to(x.device), x, 0).to(g.dtype), updates, total)
-        kept = tree.map(
+        total = tree.map_entries(add, updates, state.grad_acc)
+        new = tree.map_entries(lambda g, x: torch.where(now.to(x.device), x, 0).to(g.dtype), updates, total)
+        kept = tree.map_entries(
             lambda old, x: old if x is None else torch.where(now.to(x.device), 0, x).to(old.dtype), state.grad_acc, total
         )
         return new, ApplyEveryState(state.count + 1, kept)

@@ -7,9 +7,10 @@ from torch import Tensor
 from optfn import random, tree
 from optfn.checks import check_state, number
 from optfn.core import GradientTransformation
-from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
+from optfn.leafwise import begin_of, lifted, stateless_with_tree_map
 from optfn.numerics import Scalar, as_real, compute_dtype, sqrt
 from optfn.schedules import as_time
+from optfn.sweep import Leaves, Sweep
 
 __all__ = ["AddNoiseState", "add_noise"]
 
@@ -74,8 +75,8 @@ def add_noise(eta: Scalar, gamma: Scalar, key: int | Tensor | None = None) -> Gr
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
             z = as_real(random.normal(keys[i].to(g.device), g.shape, compute_dtype(g, p)))
             noisy = stateless_with_tree_map(lambda g, p: g + sigma.to(g.device) * z)
-            return begin_of(noisy)(leaves, ())[0](i, g, p)
+            return begin_of(noisy)(leaves, ()).each(i, g, p)
 
-        return each, lambda: AddNoiseState(count, after)
+        return Sweep(each, lambda: AddNoiseState(count, after), reads_params=False)
 
     return lifted(init, begin, check=check)

@@ -8,9 +8,10 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import check_state, number, scalar_or_schedule
 from optfn.core import GradientTransformation, stateless
-from optfn.leafwise import Leaves, Sweep, begin_of, lifted, stateless_with_tree_map
-from optfn.numerics import Scalar, norm, rms
+from optfn.leafwise import Extent, begin_of, lifted, stateless_with_tree_map
+from optfn.numerics import Scalar
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
+from optfn.sweep import Leaves, Sweep
 
 __all__ = [
     "ScaleByLearningRateState",
@@ -82,7 +83,11 @@ def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformatio
         tensor([5., 5.])
     """
     floor = number("min_scale", min_scale, at_least=0)
-    return stateless_with_tree_map(lambda g, p: g * norm(p).clamp_min(floor), elementwise=False, needs_params=True)
+
+    def scaled(g: Tensor, p: Tensor, extents: tuple[Extent]) -> Tensor:
+        return g * extents[0].norm.clamp_min(floor)
+
+    return stateless_with_tree_map(scaled, elementwise=False, norms=lambda g, p: (p,), needs_params=True)
 
 
 def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:
@@ -103,7 +108,11 @@ def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation
         tensor([5., 5.])
     """
     floor = number("min_scale", min_scale, at_least=0)
-    return stateless_with_tree_map(lambda g, p: g * rms(p).clamp_min(floor), elementwise=False, needs_params=True)
+
+    def scaled(g: Tensor, p: Tensor, extents: tuple[Extent]) -> Tensor:
+        return g * extents[0].rms().clamp_min(floor)
+
+    return stateless_with_tree_map(scaled, elementwise=False, norms=lambda g, p: (p,), needs_params=True)
 
 
 def normalize_by_update_norm(scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> GradientTransformation:
@@ -193,8 +202,8 @@ def _scheduled(schedule: Schedule, kind: Any, sign: int) -> GradientTransformati
 
     def begin(leaves: Leaves, state: Any) -> Sweep:
         value = value_at(state.count)
-        each, _ = begin_of(scale(sign * value))(leaves, ())
-        return each, lambda: kind(state.count + 1, shown(value))
+        scaled: Sweep = begin_of(scale(sign * value))(leaves, ())
+        return scaled._replace(end=lambda: kind(state.count + 1, shown(value)))
 
     return lifted(init, begin, check=check, elementwise=True)
 

@@ -60,10 +60,12 @@ from optfn.tree.structure import (
     unflatten,
     value_and_grad,
 )
+from optfn.tree.structure import check_here as check_here
 from optfn.tree.structure import check_leaves as check_leaves
 from optfn.tree.structure import checked as checked
 from optfn.tree.structure import differences as differences
 from optfn.tree.structure import fit as fit
+from optfn.tree.structure import map_entries as map_entries
 from optfn.tree.structure import new_count as new_count
 from optfn.tree.structure import tensors as tensors
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from optfn import numerics, random
 from optfn.numerics import Scalar, compute_dtype, widened_scalar
-from optfn.tree.structure import flatten, global_norm, leaves, map, match, paths, unflatten
+from optfn.sharding import entrywise, joint_extremes, joint_sums, local, placed_as
+from optfn.tree.structure import flatten, global_norm, leaves, map, map_entries, match, paths
 
 __all__ = [
     "add",
@@ -108,7 +109,7 @@ def scale(scalar: complex | Tensor, tree: Any) -> Any:
         >>> scale(0.5, {"w": torch.tensor([2.0, 3.0])})
         {'w': tensor([1.0000, 1.5000])}
     """
-    return map(lambda x: _of_kind(scalar * x, x.dtype), tree)
+    return map_entries(lambda x: _of_kind(scalar * x, x.dtype), tree)
 
 
 def add_scale(tree_x: Any, scalar: complex | Tensor, tree_y: Any) -> Any:
@@ -161,7 +162,7 @@ def clip(tree: Any, min_value: Scalar | None = None, max_value: Scalar | None = 
         )
         return x if low is None and high is None else x.clamp(low, high)
 
-    return map(held, tree)
+    return map_entries(held, tree)
 
 
 def conj(tree: Any) -> Any:
@@ -298,15 +299,11 @@ def vdot(tree_x: Any, tree_y: Any) -> Tensor:
         >>> vdot({"a": torch.tensor([1.0, 2.0]), "b": None}, {"a": torch.tensor([3.0, 4.0]), "b": None})
         tensor(11.)
     """
-
-    def product(path: str, x: Tensor, y: Tensor) -> Tensor:
-        if x.shape != y.shape:
+    found, spec = flatten(tree_x)
+    for path, x, y in zip(paths(tree_x), found, match(spec, tree_y, "tree 2", "tree 1"), strict=True):
+        if x is not None and y is not None and x.shape != y.shape:
             raise ValueError(f"vdot: {path!r} must have one shape in both trees, got {tuple(x.shape)} and {tuple(y.shape)}")
-        x, y = _wide(x), _wide(y)
-        return (x.conj() * y).sum()
-
-    places = unflatten(flatten(tree_x)[1], paths(tree_x))
-    return _total(_each(lambda x, y, path: product(path, x, y), tree_x, tree_y, places))
+    return _summed(lambda x, y: (_wide(x).conj() * _wide(y)).sum(), tree_x, tree_y)
 
 
 def sum(tree: Any) -> Tensor:
@@ -316,7 +313,7 @@ def sum(tree: Any) -> Tensor:
         >>> sum({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)})
         tensor(6.)
     """
-    return _total(map(lambda x: _wide(x).sum(), tree))
+    return _summed(lambda x: _wide(x).sum(), tree)
 
 
 def max(tree: Any) -> Tensor:
@@ -326,8 +323,7 @@ def max(tree: Any) -> Tensor:
         >>> max({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)})
         tensor(3.)
     """
-    parts = _stacked([x.amax() for x in leaves(tree) if x.numel()])
-    return torch.tensor(-math.inf) if parts is None else parts.amax()
+    return _extreme(tree, largest=True)
 
 
 def min(tree: Any) -> Tensor:
@@ -337,8 +333,7 @@ def min(tree: Any) -> Tensor:
         >>> min({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)})
         tensor(1.)
     """
-    parts = _stacked([x.amin() for x in leaves(tree) if x.numel()])
-    return torch.tensor(math.inf) if parts is None else parts.amin()
+    return _extreme(tree, largest=False)
 
 
 def norm(
@@ -366,7 +361,7 @@ def norm(
     if order not in (1, 2, math.inf):
         raise ValueError(f"ord must be None, 1, 2 or inf, got {ord!r}; optfn.tree.global_norm(tree, order) takes any other number")
     if order == 2 and squared:
-        return _total(map(lambda x: numerics.as_real(_wide(x)).square().sum(), tree))
+        return _summed(lambda x: numerics.as_real(_wide(x)).square().sum(), tree)
     found = global_norm(tree, float(order))
     return found.square() if squared else found
 
@@ -498,7 +493,7 @@ def update_infinity_moment(updates: Any, moments: Any, decay: Scalar, eps: Scala
         size, old = _of_kind(_wide(g).abs() + eps, _wide(g).dtype), _of_kind(decay * _wide(m), _wide(m).dtype)
         return torch.maximum(size, old).to(torch.promote_types(numerics.real_dtype(g.dtype), m.dtype))
 
-    return map(updated, moments, updates)
+    return map_entries(updated, moments, updates)
 
 
 def bias_correction(moment: Any, decay: Scalar, count: int | Tensor) -> Any:
@@ -528,9 +523,32 @@ def _each(f: Callable[..., Tensor], tree: Any, *rest: Any) -> Any:
     """``f`` of the leaves of several trees, None where one of them has None."""
 
     def one(x: Tensor, *others: Any) -> Tensor | None:
-        return None if any(y is None for y in others) else f(x, *others)
+        return None if any(y is None for y in others) else entrywise(f, x, *others)
 
     return map(one, tree, *rest)
+
+
+def _summed(f: Callable[..., Tensor], tree: Any, *rest: Any) -> Tensor:
+    """The total of what ``f`` gives for each leaf, a sum over its entries; None passes over."""
+    found, spec = flatten(tree)
+    others = [match(spec, other, f"tree {i + 2}", "tree 1") for i, other in enumerate(rest)]
+    rows = [row for row in zip(found, *others, strict=True) if all(x is not None for x in row)]
+    parts = [f(*(local(placed_as(x, row[0])) for x in row)) for row in rows]
+    stacked = _stacked(joint_sums(parts, [row[0] for row in rows]))
+    return torch.zeros(()) if stacked is None else stacked.sum()
+
+
+def _extreme(tree: Any, *, largest: bool) -> Tensor:
+    worst = -math.inf if largest else math.inf
+    found = [x for x in leaves(tree) if x.numel()]
+
+    def of(x: Tensor) -> Tensor:
+        if not x.numel():  # a piece without entries
+            return x.new_full((), worst if x.is_floating_point() else getattr(torch.iinfo(x.dtype), "min" if largest else "max"))
+        return x.amax() if largest else x.amin()
+
+    parts = _stacked(joint_extremes([of(local(x)) for x in found], found, largest=largest))
+    return torch.tensor(worst) if parts is None else parts.amax() if largest else parts.amin()
 
 
 def _of_kind(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -552,11 +570,6 @@ def _stacked(parts: list[Tensor]) -> Tensor | None:
     return torch.stack([x.to(device=parts[0].device, dtype=wide) for x in parts])
 
 
-def _total(tree: Any) -> Tensor:
-    parts = _stacked(leaves(tree))
-    return torch.zeros(()) if parts is None else parts.sum()
-
-
 def _averaged(power: Callable[[Tensor], Tensor], updates: Any, moments: Any, decay: Scalar) -> Any:
     weight = 1 - (widened_scalar(decay) if isinstance(decay, Tensor) else decay)
 
@@ -567,4 +580,4 @@ def _averaged(power: Callable[[Tensor], Tensor], updates: Any, moments: Any, dec
         wide = torch.promote_types(numerics.real_dtype(g.dtype) if not new.is_complex() else g.dtype, m.dtype)
         return _of_kind(numerics.lerp(_wide(m), new, weight), wide)
 
-    return map(updated, moments, updates)
+    return map_entries(updated, moments, updates)

@@ -11,6 +11,7 @@ from optree.utils import total_order_sorted
 from torch import Tensor
 
 from optfn import numerics
+from optfn.sharding import entrywise, is_sharded, joint_norms, local
 
 __all__ = [
     "cast",
@@ -253,6 +254,19 @@ def map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return unflatten(spec, [None if x is None else f(x, *y) for x, *y in zip(first, *others, strict=True)])
 
 
+def map_entries(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """As :func:`map`, for a function of which each entry of the result depends on that entry alone.
+
+    Of tensors that lie on several processes it is shown the pieces that are here, and the result is laid out as they are. Numbers
+    and 0-dim tensors belong to all entries.
+
+    Example:
+        >>> map_entries(lambda x, y: x + y, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+        {'w': tensor([2., 2.])}
+    """
+    return map(lambda *x: entrywise(f, *x), tree, *rest)
+
+
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """As :func:`map`, with the leaf's dotted path as the first argument of ``f``.
 
@@ -309,7 +323,17 @@ def global_norm(tree: Any, order: float = 2.0) -> Tensor:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
-    return numerics.global_norm(leaves(tree), order)
+    found = leaves(tree)
+    if not any(is_sharded(x) for x in found):
+        return numerics.global_norm(found, order)
+    norms = [_norm_of_piece(local(x), order) if is_sharded(x) else numerics.norm(x, order) for x in found]
+    return numerics.norm_of_norms(joint_norms(norms, found, order), order)
+
+
+def _norm_of_piece(x: Tensor, order: float) -> Tensor:
+    if x.numel() == 0 and order < 0:  # the smallest of no entries
+        return torch.full((), torch.inf, dtype=numerics.real_dtype(numerics.compute_dtype(x)), device=x.device)
+    return numerics.norm(x, order)
 
 
 def tensors(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -709,6 +733,17 @@ def new_count(params: Any) -> Tensor:
         tensor(0)
     """
     return torch.zeros((), dtype=torch.int64, device=next((p.device for p in leaves(params)), None))
+
+
+def check_here(owner: str, params: Any) -> None:
+    """Raise a TypeError if a leaf lies on several processes, for what takes no such leaves.
+
+    Example:
+        >>> check_here("lbfgs", {"w": torch.ones(2)})
+    """
+    for path, p in zip(paths(params), flatten(params)[0], strict=True):
+        if is_sharded(p):
+            raise TypeError(f"{owner}: {path!r} lies on several processes, which {owner} does not take: pass whole tensors")
 
 
 def checked(tree: Any, name: str) -> tuple[list[Any], Any]:

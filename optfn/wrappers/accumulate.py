@@ -121,13 +121,13 @@ def accumulate(
             part = (g.to(total.dtype) * share).to(total.dtype)  # of a 0-dim leaf the product is float64, as the share is
             return torch.where(taken.to(total.device), total + part, total)
 
-        total = tree.map(add, state.accumulated, updates)
+        total = tree.map_entries(add, state.accumulated, updates)
         mini_step = state.mini_step + taken
         emit = taken & (mini_step >= k)
-        gathered = tree.map(lambda g, x: g if x is None else x.to(g.dtype), updates, total)
+        gathered = tree.map_entries(lambda g, x: g if x is None else x.to(g.dtype), updates, total)
         new, inner_state = inner.update(gathered, state.inner_state, params, **extra)
-        new = tree.map(lambda u: torch.where(emit.to(u.device), u, 0), new)
-        kept = tree.map(lambda x, g: x if g is None else torch.where(emit.to(x.device), 0, x), total, updates)
+        new = tree.map_entries(lambda u: torch.where(emit.to(u.device), u, 0), new)
+        kept = tree.map_entries(lambda x, g: x if g is None else torch.where(emit.to(x.device), 0, x), total, updates)
         return new, AccumulateState(
             mini_step=torch.where(emit, 0, mini_step),
             gradient_step=state.gradient_step + emit,

@@ -91,7 +91,7 @@ def ema_params(
             new = avg_fn(old.to(wide), p.to(wide), averaged.clamp_min(1))
             return torch.where(averaged == 0, p.to(wide), new).to(old.dtype)
 
-        return updates, EmaParamsState(count, tree.map(average, state.average, added(params, updates)[0]))
+        return updates, EmaParamsState(count, tree.map_entries(average, state.average, added(params, updates)[0]))
 
     return transformation(init, update)
 
@@ -122,7 +122,7 @@ def incremental_update(new_tensors: Any, old_tensors: Any, step_size: Scalar) ->
         wide = compute_dtype(old, new)
         return lerp(old.to(wide), new.to(wide), alpha).to(old.dtype)
 
-    return tree.map(average, old_tensors, new_tensors)
+    return tree.map_entries(average, old_tensors, new_tensors)
 
 
 def periodic_update(new_tensors: Any, old_tensors: Any, steps: int | Tensor, update_period: int | Tensor) -> Any:
@@ -152,4 +152,4 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: int | Tensor, upd
     def pick(old: Tensor, new: Any) -> Tensor:
         return old if new is None else torch.where(due.to(old.device), new.to(old.dtype), old)
 
-    return tree.map(pick, old_tensors, new_tensors)
+    return tree.map_entries(pick, old_tensors, new_tensors)

@@ -77,7 +77,7 @@ def conditionally_transform(
         def pick(u: Tensor, x: Any) -> Tensor:
             return torch.where(chosen.to(u.device), 0 if x is None else x, u)
 
-        updates = tree.map(pick, updates, new)
+        updates = tree.map_entries(pick, updates, new)
         return updates, ConditionallyTransformState(select(chosen, inner_state, state.inner_state), state.step + 1)
 
     return transformation(init, update)
@@ -114,7 +114,7 @@ def conditionally_mask(
         check_state("conditionally_mask", state, ConditionallyMaskState)
         chosen = _holds("conditionally_mask", should_transform_fn, state.step, extra if forward_extra_args else {})
         new, inner_state = inner.update(updates, state.inner_state, params, **extra)
-        new = tree.map(lambda u: zero_unless(chosen, u), new)
+        new = tree.map_entries(lambda u: zero_unless(chosen, u), new)
         return new, ConditionallyMaskState(state.step + 1, select(chosen, inner_state, state.inner_state))
 
     return transformation(init, update)

@@ -8,6 +8,7 @@ from torch import Tensor
 from optfn import tree
 from optfn.checks import check_state
 from optfn.core import GradientTransformation, check_transformation, transformation
+from optfn.sharding import joint_extremes, local
 
 __all__ = ["ApplyIfFiniteState", "all_finite", "apply_if_finite", "select", "zero_unless"]
 
@@ -59,7 +60,7 @@ def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int |
         finite = all_finite((updates, new), state.last_finite.device)
         errors = torch.where(finite, 0, state.notfinite_count + 1)
         taken = finite if max_consecutive_errors is None else finite | (errors > max_consecutive_errors)
-        new = tree.map(lambda u: zero_unless(taken, u), new)
+        new = tree.map_entries(lambda u: zero_unless(taken, u), new)
         return new, ApplyIfFiniteState(
             errors, finite, state.total_notfinite + ~finite, select(taken, inner_state, state.inner_state)
         )
@@ -74,8 +75,9 @@ def all_finite(updates: Any, device: torch.device | None = None) -> Tensor:
         >>> all_finite({"w": torch.tensor([1.0, float("inf")])})
         tensor(False)
     """
-    finite = [_values(u).isfinite().all().to(device) for u in tree.leaves(updates)]
-    return torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool, device=device)
+    found = tree.leaves(updates)
+    finite = joint_extremes([_values(local(u)).isfinite().all() for u in found], found, largest=False)
+    return torch.stack([x.to(device) for x in finite]).all() if finite else torch.ones((), dtype=torch.bool, device=device)
 
 
 def select(condition: Tensor, new: Any, old: Any) -> Any:
@@ -85,7 +87,7 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
         >>> select(torch.tensor(False), {"w": torch.ones(1)}, {"w": torch.zeros(1)})
         {'w': tensor([0.])}
     """
-    return tree.map(lambda x, y: torch.where(condition.to(x.device), x, y), new, old)
+    return tree.map_entries(lambda x, y: torch.where(condition.to(x.device), x, y), new, old)
 
 
 def _values(u: Tensor) -> Tensor:

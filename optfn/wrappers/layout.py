@@ -41,7 +41,9 @@ def flatten(inner: GradientTransformation) -> GradientTransformation:
     check_transformation(inner, "flatten", "flatten(tx)")
 
     def init(params: Any) -> Any:
-        return inner.init(ravel(tree.checked(params, "flatten: params")[0]))
+        found, _ = tree.checked(params, "flatten: params")
+        tree.check_here("flatten", params)
+        return inner.init(ravel(found))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         leaves = aligned(updates, params)

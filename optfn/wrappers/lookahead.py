@@ -127,14 +127,14 @@ def lookahead(
         def of_slow(s: Tensor, u: Any, f: Tensor) -> Any:
             return None if u is None else torch.where(sync.to(s.device), alpha * ahead(u, f, s), 0).to(s.dtype)
 
-        slow = slow if paired else tree.map(begun, slow, fast, new)
-        moved, steps = tree.map(of_slow, slow, new, fast), (state.steps_since_sync + 1) % period
+        slow = slow if paired else tree.map_entries(begun, slow, fast, new)
+        moved, steps = tree.map_entries(of_slow, slow, new, fast), (state.steps_since_sync + 1) % period
         if reset_state:
             fast_state = select(sync, fast_optimizer.init(fast), fast_state)
-        new = tree.map(of_fast, new, fast, slow)
+        new = tree.map_entries(of_fast, new, fast, slow)
         if paired:
             return LookaheadParams(new, moved), LookaheadState(fast_state, steps)
-        kept = tree.map(lambda s, step: s if step is None else s + step, slow, moved)
+        kept = tree.map_entries(lambda s, step: s if step is None else s + step, slow, moved)
         return new, LookaheadState(fast_state, steps, kept)
 
     return transformation(init, update)

@@ -131,7 +131,7 @@ def mechanize(
     def start(p: Tensor) -> MechanicSlots:
         return MechanicSlots(p.clone())
 
-    tuner = coupled(start, measure, decide, update, shared=shared, needs_params=True)
+    tuner = coupled(start, measure, decide, update, shared=shared, elementwise=True, needs_params=True)
 
     def init(params: Any) -> MechanizeState:
         return MechanizeState(base_optimizer.init(params), tuner.init(params))
@@ -145,6 +145,6 @@ def mechanize(
         def both(x: Tensor | None, u: Tensor | None) -> Tensor | None:
             return None if x is None or u is None else x + (scale * u).to(x.dtype)
 
-        return tree.map(both, back, inner), MechanizeState(inner_state, tuned_state)
+        return tree.map_entries(both, back, inner), MechanizeState(inner_state, tuned_state)
 
     return transformation(init, tuned)

@@ -1,0 +1,448 @@
+"""Tensors that lie on several processes, DTensors: the piece of this process, and what all of them agree on.
+
+A rule is never shown such a tensor: it sees the piece where entries are all that it needs, else the whole tensor. Everything here
+is decided from global metadata, which is the same on all processes, so that none waits for another in vain.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optfn.numerics import as_complex, as_real, real_dtype, widened_scalar
+
+__all__ = [
+    "NO_DERIVATIVE",
+    "Exchange",
+    "all_reduced",
+    "cut",
+    "entrywise",
+    "group_of",
+    "is_sharded",
+    "joint_extremes",
+    "joint_norms",
+    "joint_sums",
+    "like",
+    "local",
+    "numel",
+    "placed_as",
+    "replicas",
+    "rows_of",
+    "whole",
+]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether a tensor lies on several processes, a piece on each.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    if type(x) in _PLAIN or not isinstance(x, Tensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # who has such a tensor has imported it
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any) -> Any:
+    """The piece of this process; anything else as it is."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(x: Any) -> Any:
+    """The whole tensor, plain, on every process; anything else as it is."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def like(piece: Any, home: Any) -> Any:
+    """A piece as a tensor that lies on the processes as ``home`` does; as it is where that is a plain one."""
+    if not is_sharded(home) or not isinstance(piece, Tensor):
+        return piece
+    recorded = torch.is_grad_enabled() and piece.requires_grad
+    if piece.dtype == home.dtype and not recorded and not torch.compiler.is_compiling():
+        return type(home)(piece, home._spec, requires_grad=False)  # a tenth of the time of from_local
+    mesh, placements = home.device_mesh, home.placements
+    return type(home).from_local(piece, mesh, placements, run_check=False, shape=home.shape, stride=home.stride())
+
+
+def numel(x: Tensor) -> int:
+    """The entries of the whole tensor, those of a complex one twice."""
+    return x.numel() * (2 if x.is_complex() else 1)
+
+
+def same_layout(x: Any, y: Any) -> bool:
+    """Whether two tensors have their pieces in the same places; plain ones do."""
+    if not (is_sharded(x) and is_sharded(y)):
+        return is_sharded(x) == is_sharded(y)
+    return x._spec is y._spec or (x.device_mesh == y.device_mesh and x.placements == y.placements)
+
+
+def placed_as(x: Any, home: Any) -> Any:
+    """A tensor with its pieces where those of ``home`` are; one that is whole on every process is cut."""
+    if not is_sharded(home) or not isinstance(x, Tensor) or same_layout(x, home):
+        return x
+    if is_sharded(x) and x.device_mesh == home.device_mesh:
+        return x.redistribute(placements=home.placements)
+    full = whole(x)
+    return cut(full, home)
+
+
+def cut(x: Tensor, home: Any) -> Any:
+    """A tensor that is whole on every process, with its pieces where those of ``home`` are."""
+    return like(_cut(x, rows_of(home)).clone(), home)
+
+
+def entrywise(f: Callable[..., Any], *tensors: Any) -> Any:
+    """``f`` of the pieces, for a function of which each entry of the result depends on that entry alone; laid out as the first.
+
+    Numbers and 0-dim tensors among the arguments belong to all entries.
+    """
+    home = next((x for x in tensors if is_sharded(x)), None)
+    if home is None:
+        return f(*tensors)
+    return like(f(*(local(placed_as(x, home)) if is_sharded(x) or _fits(x, home) else x for x in tensors)), home)
+
+
+def _fits(x: Any, home: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and x.shape == home.shape
+
+
+# Sums
+
+
+def joint_sums(sums: Sequence[Tensor], homes: Sequence[Any]) -> list[Tensor]:
+    """Sums over the entries of pieces as sums over all entries: one all_reduce for all of them.
+
+    Args:
+        sums: 0-dim tensors, each of one piece; a plain tensor's is its own.
+        homes: the tensor that each is of.
+    """
+    places = [k for k, h in enumerate(homes) if is_sharded(h)]
+    if not places:
+        return list(sums)
+    device, group = sums[places[0]].device, group_of([homes[k] for k in places])
+    # Float64, so that counts are exact; complex sums as two. Equal pieces count once.
+    parts = [widened_scalar(as_real(sums[k]).reshape(-1)).to(device) / replicas(homes[k], group) for k in places]
+    totals = all_reduced(torch.cat(parts), group).split([len(part) for part in parts])
+    found = list(sums)
+    for k, total in zip(places, totals, strict=True):
+        x = sums[k]
+        total = total.to(real_dtype(x.dtype)).to(x.device)
+        found[k] = as_complex(total) if x.is_complex() else total.reshape(())
+    return found
+
+
+def joint_norms(norms: Sequence[Tensor], homes: Sequence[Any], order: float = 2.0) -> list[Tensor]:
+    """Vector norms of pieces as those of whole tensors: one all_reduce for all of them.
+
+    A piece without entries has none for an order below 0: give ``inf``.
+    """
+    if not any(map(is_sharded, homes)):
+        return list(norms)
+    if math.isinf(order) or order == 0:
+        return joint_extremes(norms, homes, largest=order >= 0)
+    # NaN, inf and 0 come through as they are. Squares of float32 are no overflow in float64.
+    wide = [widened_scalar(x) for x in norms]
+    powers = joint_sums([x**order if is_sharded(h) else x for x, h in zip(wide, homes, strict=True)], homes)
+    found = (x ** (1 / order) if is_sharded(h) else x for x, h in zip(powers, homes, strict=True))
+    return [y.to(x.dtype) if is_sharded(h) else x for x, y, h in zip(norms, found, homes, strict=True)]
+
+
+def joint_extremes(values: Sequence[Tensor], homes: Sequence[Any], *, largest: bool) -> list[Tensor]:
+    """The largest (or smallest) of numbers of pieces, for each tensor that they are of: one all_reduce; NaN where one is."""
+    places = [k for k, h in enumerate(homes) if is_sharded(h)]
+    if not places:
+        return list(values)
+    sign = 1 if largest else -1
+    device = values[places[0]].device
+    flat = torch.stack([sign * widened_scalar(values[k]).to(device) for k in places])
+    nan = flat.isnan()  # which of two a maximum takes is not said where one is NaN
+    parts = torch.cat([torch.where(nan, -math.inf, flat), nan.to(flat.dtype)])
+    top, nan = all_reduced(parts, group_of([homes[k] for k in places]), "max").chunk(2)
+    found = list(values)
+    for k, x in zip(places, torch.where(nan > 0, math.nan, sign * top).unbind(), strict=True):
+        found[k] = x.to(values[k].dtype).to(values[k].device)
+    return found
+
+
+def all_reduced(x: Tensor, group: Any, op: str = "sum") -> Tensor:
+    """A tensor reduced over the processes of a group, as a new one; it can be traced."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(NO_DERIVATIVE)
+    import torch.distributed._functional_collectives as collectives
+
+    return _waited(collectives.all_reduce(x.detach(), op, group))
+
+
+NO_DERIVATIVE = (
+    "there is no derivative through what several processes compute together: make the update under torch.no_grad(), or with "
+    "gradients and parameters that do not require grad"
+)
+
+
+def _waited(x: Any) -> Tensor:
+    return x.wait() if hasattr(x, "wait") else torch.ops._c10d_functional.wait_tensor(x)
+
+
+# Groups
+
+
+class Mesh(NamedTuple):
+    """The processes of a mesh, as a group has them."""
+
+    group: Any
+    size: int
+    rank: int  # of this process in the group
+    coordinates: tuple[tuple[int, ...], ...]  # of each process of the group in the mesh
+
+
+@functools.cache
+def _mesh(mesh: Any) -> Mesh:
+    distributed: Any = torch.distributed
+    ranks = mesh.mesh.flatten().tolist()
+    if mesh.ndim == 1:
+        group = mesh.get_group()
+    elif sorted(ranks) == [*range(distributed.get_world_size())]:
+        group = distributed.group.WORLD
+    else:
+        group = _joined(tuple(sorted(ranks)))
+    order = distributed.get_process_group_ranks(group)
+    places = {rank: tuple((mesh.mesh == rank).nonzero()[0].tolist()) for rank in ranks}
+    return Mesh(group, len(order), order.index(distributed.get_rank()), tuple(places[rank] for rank in order))
+
+
+@functools.cache
+def _joined(ranks: tuple[int, ...]) -> Any:
+    return torch.distributed.new_group([*ranks], use_local_synchronization=True)
+
+
+def group_of(homes: Iterable[Any]) -> Any:
+    """The group of all processes on which these tensors have pieces.
+
+    Raises:
+        ValueError: no mesh among theirs has all of them.
+    """
+    meshes = {h.device_mesh: None for h in homes}
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    if len(meshes) == 1:
+        return _mesh(largest).group
+    processes = {*largest.mesh.flatten().tolist()}
+    if all(processes.issuperset(mesh.mesh.flatten().tolist()) for mesh in meshes):
+        return _mesh(largest).group
+    everybody = {rank for mesh in meshes for rank in mesh._get_root_mesh().mesh.flatten().tolist()}
+    if len(everybody) == torch.distributed.get_world_size():
+        return torch.distributed.group.WORLD
+    return _joined(tuple(sorted(everybody)))
+
+
+def replicas(home: Any, group: Any) -> int:
+    """How many processes of a group have each piece of a tensor."""
+    size = len(torch.distributed.get_process_group_ranks(group))
+    distinct = math.prod(home.device_mesh.size(d) for d, p in enumerate(home.placements) if not p.is_replicate())
+    return size // distinct
+
+
+# Pieces
+
+
+Indices = tuple[Any, ...]
+"""Of one piece: for each dimension of the whole tensor a slice, or a list of indices."""
+
+
+@functools.cache
+def _pieces(spec: Any) -> tuple[Indices, ...]:
+    """Where the piece of each process of the mesh's group lies in the whole tensor."""
+    return tuple(_indices(spec, coordinate) for coordinate in _mesh(spec.mesh).coordinates)
+
+
+def _indices(spec: Any, coordinate: tuple[int, ...]) -> Indices:
+    axes = [[*range(n)] for n in spec.shape]
+    for d, placement in enumerate(spec.placements):
+        if placement.is_partial():
+            raise ValueError(f"a tensor that is a sum over processes has no pieces, got placements {spec.placements}")
+        if placement.is_replicate():
+            continue
+        # FSDP2 cuts what tensor parallelism has cut before, though its dimension of the mesh comes first.
+        before = _chunks(axes[placement.dim], getattr(placement, "split_factor", 1))
+        mine = [_chunks(part, spec.mesh.size(d))[coordinate[d]] for part in before]
+        axes[placement.dim] = [i for part in mine for i in part]
+    return tuple(map(_as_slice, axes))
+
+
+def _chunks(x: list[int], count: int) -> list[list[int]]:
+    """As :func:`torch.chunk`, with empty ones at the end so that there are ``count``."""
+    size = -(-len(x) // count)
+    return [x[k * size : (k + 1) * size] for k in range(count)]
+
+
+def _as_slice(indices: list[int]) -> Any:
+    start = indices[0] if indices else 0
+    return slice(start, start + len(indices)) if indices == [*range(start, start + len(indices))] else tuple(indices)
+
+
+def rows_of(home: Any) -> Indices:
+    """Where the piece of this process lies in the whole tensor."""
+    return _pieces(home._spec)[_rank(home)]
+
+
+def _rank(home: Any) -> int:
+    return _mesh(home.device_mesh).rank
+
+
+def _cut(x: Tensor, piece: Indices) -> Tensor:
+    """A piece of the whole tensor."""
+    for dim, index in enumerate(piece):
+        if isinstance(index, slice):
+            x = x.narrow(dim, index.start, index.stop - index.start)
+        else:
+            x = x.index_select(dim, torch.tensor(index, device=x.device))
+    return x
+
+
+def _joined_pieces(shape: Sequence[int], parts: Sequence[tuple[Indices, Tensor]], like: Tensor) -> Tensor:
+    """The whole tensor of its pieces, each given with its place."""
+    x = like.new_empty(shape)
+    for index, part in parts:
+        if all(isinstance(i, slice) for i in index):
+            x[index].copy_(part)
+        else:
+            places = [
+                torch.arange(n, device=x.device)[i if isinstance(i, slice) else [*i]] for i, n in zip(index, shape, strict=True)
+            ]
+            x.index_put_(torch.meshgrid(*places, indexing="ij"), part)
+    return x
+
+
+def _shape(piece: Indices) -> tuple[int, ...]:
+    return tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in piece)
+
+
+# Owners
+
+
+class Plan(NamedTuple):
+    """Who computes what of tensors that have pieces on the processes of one mesh.
+
+    Attributes:
+        mesh: its processes.
+        owners: of each tensor, the process that computes with the whole of it.
+        pieces: of each tensor and process, where the piece lies.
+        senders: of each tensor, the processes that send their piece to the owner: of those with equal pieces one.
+    """
+
+    mesh: Mesh
+    owners: tuple[int, ...]
+    pieces: tuple[tuple[Indices, ...], ...]
+    senders: tuple[frozenset[int], ...]
+
+
+@functools.cache
+def _plan(specs: tuple[Any, ...]) -> Plan:
+    mesh = _mesh(specs[0].mesh)
+    load, owners = [0.0] * mesh.size, [0] * len(specs)
+    costs = [_cost(tuple(spec.shape)) for spec in specs]
+    for i in sorted(range(len(specs)), key=lambda i: (-costs[i], i)):  # the costly ones first, each to who has the least to do
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    pieces = tuple(map(_pieces, specs))
+    senders: list[frozenset[int]] = []
+    for i, of in enumerate(pieces):
+        by_piece: dict[str, list[int]] = {}
+        for rank, piece in enumerate(of):
+            by_piece.setdefault(repr(piece), []).append(rank)
+        senders.append(frozenset(owners[i] if owners[i] in same else same[i % len(same)] for same in by_piece.values()))
+    return Plan(mesh, tuple(owners), pieces, tuple(senders))
+
+
+def _cost(shape: tuple[int, ...]) -> float:
+    """Of a product of a matrix with itself transposed, up to a factor."""
+    return float(math.prod(shape) * (min(shape[-2:]) if len(shape) > 1 else 1)) + 1.0
+
+
+class Exchange:
+    """Tensors that have their pieces on the processes of one mesh, brought whole to one owner each, and back.
+
+    The owners are balanced by cost, so that each whole is computed with once. All tensors travel together: there in one
+    all_to_all, and back in one.
+    """
+
+    def __init__(self, homes: Sequence[Any]) -> None:
+        self.homes = homes
+        self.plan = _plan(tuple(h._spec for h in homes))
+        self.owned = [owner == self.plan.mesh.rank for owner in self.plan.owners]
+
+    def to_owners(self, items: Sequence[tuple[int, Tensor]]) -> list[Any]:
+        """Pieces of this process, each with its tensor's number, as whole tensors where this process is the owner, else None."""
+        plan, me = self.plan, self.plan.mesh.rank
+        sent = [[x for i, x in items if plan.owners[i] == rank and me in plan.senders[i]] for rank in range(plan.mesh.size)]
+        mine = [(i, x) for i, x in items if self.owned[i]]
+        wanted = [
+            [x.new_empty(_shape(plan.pieces[i][rank])) for i, x in mine if rank in plan.senders[i]]
+            for rank in range(plan.mesh.size)
+        ]
+        came = [iter(parts) for parts in self._swapped(sent, wanted, [x for _, x in items])]
+        wholes: list[Tensor] = []
+        for i, x in mine:
+            parts = [(plan.pieces[i][rank], next(came[rank])) for rank in sorted(plan.senders[i])]
+            wholes.append(_joined_pieces(self.homes[i].shape, parts, x))
+        found = iter(wholes)
+        return [next(found) if self.owned[i] else None for i, _ in items]
+
+    def from_owners(self, items: Sequence[tuple[int, Any, Tensor, bool]]) -> list[Tensor]:
+        """What owners have computed, as pieces, or whole on every process.
+
+        Args:
+            items: the number of the tensor, the result, which is there on the owner alone, what it is like here, and whether
+                every process is sent all of it.
+        """
+        plan = self.plan
+
+        def part(i: int, x: Tensor, everywhere: bool, rank: int) -> Tensor:
+            return x if everywhere else _cut(x, plan.pieces[i][rank])
+
+        sent = [
+            [part(i, x.to(here.dtype), everywhere, rank) for i, x, here, everywhere in items if self.owned[i]]
+            for rank in range(plan.mesh.size)
+        ]
+        wanted = [[here for i, _, here, _ in items if plan.owners[i] == rank] for rank in range(plan.mesh.size)]
+        came = [iter(parts) for parts in self._swapped(sent, wanted, [here for _, _, here, _ in items])]
+        return [next(came[plan.owners[i]]) for i, _, _, _ in items]
+
+    def _swapped(self, sent: list[list[Tensor]], wanted: list[list[Tensor]], every: list[Tensor]) -> list[list[Tensor]]:
+        """What each process has sent to this one: like ``wanted``. All of them see ``every`` kind of tensor that travels."""
+        import torch.distributed._functional_collectives as collectives
+
+        if torch.is_grad_enabled() and any(x.requires_grad for part in (*sent, every) for x in part):
+            raise RuntimeError(NO_DERIVATIVE)
+        kinds = {real_dtype(x.dtype) for x in every}
+        raw = len(kinds) > 1  # tensors of several dtypes travel as bytes
+
+        def flat(x: Tensor) -> Tensor:
+            x = as_real(x.detach()).reshape(-1)
+            return x.contiguous().view(torch.uint8) if raw else x
+
+        def size(x: Tensor) -> int:
+            return numel(x) * (real_dtype(x.dtype).itemsize if raw else 1)
+
+        there, back = [sum(map(size, part)) for part in sent], [sum(map(size, part)) for part in wanted]
+        device = self.homes[0].device
+        packed = [flat(x) for part in sent for x in part]
+        buffer = torch.cat(packed) if packed else torch.empty(0, dtype=torch.uint8 if raw else kinds.pop(), device=device)
+        came = _waited(collectives.all_to_all_single(buffer, back, there, self.plan.mesh.group))
+
+        def unpacked(x: Tensor, like: Tensor) -> Tensor:
+            x = x.clone().view(real_dtype(like.dtype)) if raw else x
+            return as_complex(x.reshape(*like.shape, 2)) if like.is_complex() else x.reshape(like.shape)
+
+        parts = came.split(back)
+        return [
+            [unpacked(x, like) for x, like in zip(part.split([size(y) for y in of]), of, strict=True)] if of else []
+            for part, of in zip(parts, wanted, strict=True)
+        ]

@@ -1,0 +1,242 @@
+"""Every transformation on leaves that lie on several processes, in every way, against one process."""
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from meshes import LAYOUTS, SHAPES, distributed, full_grads, full_params, layout_of, whole
+from processes import on_processes
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import optfn
+
+STEPS = 5
+VALUES = [1.5, 1.2, 1.3, 1.4, 0.9]
+
+
+def adamw() -> optfn.GradientTransformation:
+    return optfn.adamw(0.1)
+
+
+def is_matrix(path: str, p: Tensor) -> bool:
+    return p.ndim == 2
+
+
+def aliases() -> dict[str, Callable[[], optfn.GradientTransformation]]:
+    """Every alias; those that take no such leaves, or only others, are elsewhere."""
+    made = {}
+    for name in optfn.__all__:
+        f = getattr(optfn, name)
+        if not (inspect.isfunction(f) and f.__module__.startswith("optfn.optimizers.") and "lr" in inspect.signature(f).parameters):
+            continue
+        if name.startswith("scale_by_") or name in ELSEWHERE:
+            continue
+        needed = {
+            k: {"lr": 0.1, "key": 7}[k] for k, p in inspect.signature(f).parameters.items() if p.default is p.empty or k == "key"
+        }
+        made[name] = lambda f=f, needed=needed: f(**needed)
+    return made
+
+
+ELSEWHERE = {
+    "muon": "below, in a partition: it takes matrices alone",
+    "galore": "test_what_is_refused",
+    "lbfgs": "test_what_is_refused",
+    "sparse_adam": "takes sparse gradients, which DTensor has not",
+    "dpsgd": "takes the gradients of examples",
+    "sophia": "takes a function",
+}
+
+WRAPPERS: dict[str, Callable[[], optfn.GradientTransformation]] = {
+    "muon": lambda: optfn.partition(
+        {"matrix": optfn.muon(ns_dtype=None), "rest": optfn.adamw()}, lambda path, p: "matrix" if p.ndim == 2 else "rest"
+    ),
+    "clip": lambda: optfn.chain(optfn.clip_by_global_norm(0.1), adamw()),
+    "clip, order 1": lambda: optfn.chain(optfn.clip_by_global_norm(0.1, order=1), adamw()),
+    "clip, order inf": lambda: optfn.chain(optfn.clip_by_global_norm(0.1, order=math.inf), adamw()),
+    "clip, order -inf": lambda: optfn.chain(optfn.clip_by_global_norm(0.1, order=-math.inf), adamw()),
+    "clip, order 0": lambda: optfn.chain(optfn.clip_by_global_norm(0.1, order=0), adamw()),
+    "clip, keep_norm": lambda: optfn.chain(optfn.clip_by_global_norm(0.1, keep_norm=True), adamw()),
+    "clip_by_block_rms": lambda: optfn.chain(optfn.clip_by_block_rms(0.1), optfn.sgd(0.1)),
+    "scale_by_param_block_norm": lambda: optfn.chain(optfn.scale_by_param_block_norm(), optfn.sgd(0.1)),
+    "adaptive_grad_clip": lambda: optfn.chain(optfn.adaptive_grad_clip(0.1), optfn.sgd(0.1)),
+    "centralize": lambda: optfn.chain(optfn.centralize(), optfn.sgd(0.1)),
+    "normalize": lambda: optfn.chain(optfn.normalize(), optfn.sgd(0.1)),
+    "scale_by_distance_over_gradients": lambda: optfn.chain(optfn.scale_by_distance_over_gradients(), optfn.scale(-1.0)),
+    "accumulate": lambda: optfn.accumulate(adamw(), 2),
+    "accumulate, skip": lambda: optfn.accumulate(adamw(), 2, should_skip_update_fn=optfn.skip_not_finite),
+    "apply_if_finite": lambda: optfn.apply_if_finite(adamw()),
+    "apply_every": lambda: optfn.chain(optfn.apply_every(2), optfn.sgd(0.1)),
+    "ema_params": lambda: optfn.chain(adamw(), optfn.ema_params(0.9)),
+    "lookahead": lambda: optfn.lookahead(adamw(), 2, 0.5),
+    "mechanize": lambda: optfn.mechanize(adamw()),
+    "schedule_free": lambda: optfn.schedule_free(optfn.sgd(0.1), 0.1),
+    "reduce_on_plateau": lambda: optfn.chain(adamw(), optfn.reduce_on_plateau(patience=1)),
+    "inject_hyperparams": lambda: optfn.inject_hyperparams(optfn.adamw)(lr=optfn.linear_schedule(0.1, 0.0, 8)),
+    "schedule": lambda: optfn.adamw(optfn.linear_schedule(0.1, 0.0, 8)),
+    "masked": lambda: optfn.masked(adamw(), is_matrix),
+    "freeze": lambda: optfn.chain(optfn.freeze(is_matrix), adamw()),
+    "selective_transform": lambda: optfn.selective_transform(adamw(), freeze_mask=is_matrix),
+    "conditionally_transform": lambda: optfn.conditionally_transform(adamw(), lambda step: step != 1),
+    "conditionally_mask": lambda: optfn.conditionally_mask(adamw(), lambda step: step != 1),
+    "snapshot": lambda: optfn.chain(adamw(), optfn.snapshot("norm", optfn.tree.norm)),
+    "monitor": lambda: optfn.chain(adamw(), optfn.monitor({"norm": optfn.tree.norm, "largest": optfn.tree.max})),
+    "sam": lambda: optfn.sam(adamw(), optfn.chain(optfn.normalize(), optfn.sgd(0.1))),
+    # Rules of a user's that declare nothing are shown whole tensors.
+    "by the largest entry": lambda: optfn.chain(
+        optfn.leafwise(lambda p: (), lambda g, slots, p, step: (g / g.abs().max(), slots)), optfn.sgd(0.1)
+    ),
+    "by the parameter": lambda: optfn.chain(
+        optfn.leafwise(lambda p: (), lambda g, slots, p, step: (g * p.sum(), slots)), optfn.sgd(0.1)
+    ),
+}
+
+EXTRA = {"momo", "momo_adam", "polyak_sgd", "reduce_on_plateau"}
+ALL = {**aliases(), **WRAPPERS}
+
+
+def difference(x: Any, y: Any) -> float:
+    """The largest one of two trees, relative to 1 + abs; NaN where only one is."""
+    worst = 0.0
+    for a, b in zip(optfn.tree.leaves(x), optfn.tree.leaves(whole(y)), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        a, b = a.double(), b.double()
+        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs() / (1 + a.abs()))
+        worst = max(worst, *apart.reshape(-1).tolist(), 0.0)
+    return worst
+
+
+def check(name: str, layout: str, lay: Callable[[Any], Any]) -> float:
+    tx = ALL[name]()
+    params = full_params()
+    state, pieces = tx.init(params), lay(full_params())
+    other, at = tx.init(pieces), optfn.tree.map(layout_of, pieces)
+    for step in range(STEPS):
+        grads = full_grads(step)
+        extra = {"value": VALUES[step]} if name in EXTRA else {}
+        updates, state = tx.update(grads, state, params, **extra)
+        params = optfn.apply_updates(params, updates)
+        updates, other = tx.update(lay(grads), other, pieces, **extra)
+        pieces = optfn.apply_updates(pieces, updates)
+        assert optfn.tree.map(layout_of, pieces) == at
+        for leaf, u in updates.items():
+            assert u is None or layout_of(u) == at[leaf], leaf
+        for path, x in zip(optfn.tree.paths(other), optfn.tree.flatten(other)[0], strict=True):
+            shaped = [leaf for leaf in SHAPES if path.endswith("." + leaf) and x is not None and x.shape == SHAPES[leaf] != ()]
+            assert all(layout_of(x) == at[leaf] for leaf in shaped), path
+    return difference((params, state), (pieces, other))
+
+
+def all_on(layout: str) -> dict[str, float]:
+    lay, found = distributed(layout), {}
+    with torch.no_grad():
+        for name in ALL:
+            try:
+                found[name] = check(name, layout, lay)
+            except Exception as error:
+                raise AssertionError(f"{name} on {layout}") from error
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_transformation_is_that_of_one_process(layout: str) -> None:
+    for found in on_processes(all_on, 4, layout, seconds=500):
+        assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
+
+
+# What is communicated
+
+
+def big(depth: int, mesh: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"{i}.{name}": shape for i in range(depth) for name, shape in (("w", (8, 12)), ("v", (12, 8)), ("b", (8,)))}
+    return {
+        name: distribute_tensor(torch.randn(shape, generator=generator, dtype=torch.float64), mesh, [Shard(0)])
+        for name, shape in shapes.items()
+    }
+
+
+COUNTS: dict[str, tuple[Callable[[], optfn.GradientTransformation], dict[str, int]]] = {
+    "adamw": (adamw, {}),
+    "clip, adamw": (WRAPPERS["clip"], {"all_reduce": 1}),
+    "clip_by_block_rms": (WRAPPERS["clip_by_block_rms"], {"all_reduce": 1}),
+    "lamb": (optfn.lamb, {"all_reduce": 1}),
+    "prodigy": (optfn.prodigy, {"all_reduce": 1}),
+    "apply_if_finite": (WRAPPERS["apply_if_finite"], {"all_reduce": 1}),
+    "accumulate": (WRAPPERS["accumulate"], {"all_reduce": 1}),
+    "adafactor": (optfn.adafactor, {"all_to_all": 2}),
+    "muon, adamw": (WRAPPERS["muon"], {"all_to_all": 2}),
+}
+
+
+def counted(name: str, depth: int) -> Counter[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    params = big(depth, init_device_mesh("cpu", (4,)))
+    tx = COUNTS[name][0]()
+    with torch.no_grad():
+        state = tx.init(params)
+        _, state = tx.update(params, state, params)
+        with CommDebugMode() as mode:
+            updates, _ = tx.update(params, state, params)
+            optfn.apply_updates(params, updates)
+    found: Counter[str] = Counter()
+    for op, count in mode.get_comm_counts().items():
+        found[str(op).rsplit(".", 1)[-1].removesuffix("_single").removesuffix("_")] += count
+    return found
+
+
+def all_counted() -> dict[Any, Any]:
+    return {(name, depth): dict(counted(name, depth)) for name in COUNTS for depth in (2, 4)}
+
+
+@pytest.mark.slow
+def test_what_is_communicated_does_not_grow_with_the_depth() -> None:
+    for found in on_processes(all_counted, 4):
+        assert found == {(name, depth): COUNTS[name][1] for name in COUNTS for depth in (2, 4)}
+
+
+# What is refused, by all processes alike
+
+REFUSED: dict[str, tuple[Callable[[], optfn.GradientTransformation], str]] = {
+    "galore": (lambda: optfn.galore(0.1, 1), "scale_by_galore: 'w' lies on several processes"),
+    "lbfgs": (optfn.lbfgs, "lbfgs: 'w' lies on several processes"),
+    "scale_by_lbfgs": (optfn.scale_by_lbfgs, "scale_by_lbfgs: 'w' lies on several processes"),
+    "flatten": (lambda: optfn.flatten(adamw()), "flatten: 'w' lies on several processes"),
+    "sophia": (lambda: optfn.sophia(0.1), "hutchinson_estimator_diag_hessian: 'w' lies on several processes"),
+    "dpsgd": (lambda: optfn.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.1, key=7), "aggregate: 'w' lies on several processes"),
+    "backtracking": (lambda: optfn.scale_by_backtracking_linesearch(3), "linesearch: 'w' lies on several processes"),
+    "zoom": (lambda: optfn.scale_by_zoom_linesearch(3), "linesearch: 'w' lies on several processes"),
+}
+
+
+def all_refused() -> None:
+    params = distributed("fsdp")(full_params())
+    for make, words in REFUSED.values():
+        tx = make()
+        with pytest.raises(TypeError, match=words):
+            tx.init({"w": params["w"]})
+    tx = adamw()
+    state = tx.init(params)
+    with pytest.raises(TypeError, match="'b': the parameter lies on several processes, the update does not: distribute it"):
+        tx.update(full_params(), state, params)
+    turned = distribute_tensor(torch.ones(4, 7).double(), params["w"].device_mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"'w' must have an update of shape \(7, 4\), got \(4, 7\)"):
+        tx.update({**params, "w": turned}, state, params)
+    with pytest.raises(TypeError, match="'b': the parameter lies on several processes, its update does not"):
+        optfn.apply_updates(params, full_params())
+    recorded = {name: x.detach().requires_grad_() for name, x in params.items()}
+    with pytest.raises(RuntimeError, match="no derivative through what several processes compute together"):
+        optfn.clip_by_global_norm(1.0).update(recorded, (), params)
+
+
+def test_what_is_refused_is_refused_by_all() -> None:
+    on_processes(all_refused, 4)
