@@ -100,7 +100,7 @@ class LeafwiseState(NamedTuple):
 
 def leafwise(
     init: Callable[[Tensor], Any],
-    update: Callable[[Tensor, Any, Any, Any], tuple[Tensor, Any]],
+    update: Callable[..., tuple[Tensor, Any]],
     *,
     elementwise: bool = False,
     norms: Callable[[Tensor, Any], tuple[Tensor, ...]] | None = None,
@@ -527,7 +527,7 @@ class _Lift(NamedTuple):
             return tuple(norm(x) for x in self.measured(_widened(values, dtype), _widened(p, dtype)))
 
         reads = self.needs_params or _reads(self.rule, 1 if slots is None else 2)
-        return Sweep(each, end, self.needs, reads, None if self.norms is None else norms, slots)
+        return Sweep(each, end, self.needs, reads, None if self.norms is None else norms, slots, rule=self.rule)
 
     def measured(self, g: Tensor, p: Any) -> tuple[Tensor, ...]:
         return () if self.norms is None else self.norms(g, p)

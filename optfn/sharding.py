@@ -88,10 +88,10 @@ def placed_as(x: Any, home: Any) -> Any:
     """A tensor with its pieces where those of ``home`` are; one that is whole on every process is cut."""
     if not is_sharded(home) or not isinstance(x, Tensor) or same_layout(x, home):
         return x
-    if is_sharded(x) and x.device_mesh == home.device_mesh:
-        return x.redistribute(placements=home.placements)
-    full = whole(x)
-    return cut(full, home)
+    sharded: Any = x
+    if is_sharded(x) and sharded.device_mesh == home.device_mesh:
+        return sharded.redistribute(placements=home.placements)
+    return cut(whole(x), home)
 
 
 def cut(x: Tensor, home: Any) -> Any:

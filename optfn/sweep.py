@@ -78,6 +78,7 @@ class Sweep(NamedTuple):
         norms: of one leaf, called as ``each``: the norms that it needs, which ``each`` is handed as those of the whole leaf.
         slots: the slots of each leaf, which change on the way.
         links: of a chain, its links.
+        rule: the function that ``each`` calls.
     """
 
     each: Each
@@ -87,6 +88,7 @@ class Sweep(NamedTuple):
     norms: Callable[[int, Tensor, Tensor | None], tuple[Tensor, ...]] | None = None
     slots: "Slots | None" = None
     links: "tuple[Sweep, ...]" = ()
+    rule: Any = None
 
 
 class Slots(Protocol):
@@ -173,6 +175,7 @@ def _over(link: Sweep, leaves: Leaves, grads: list[Any]) -> list[Any]:
 def _on_owners(links: tuple[Sweep, ...], leaves: Leaves, grads: list[Any]) -> list[Any]:
     """Links, one after the other, with whole tensors, each on its owner."""
     reads = any(link.reads_params for link in links)
+    _rehearse(links, leaves, grads)
     owners = Owners([link.slots for link in links if link.slots is not None], leaves, grads, reads=reads)
     answers = list(owners.grads)
     for i in owners.mine:
@@ -212,6 +215,57 @@ def joint_totals(
     found = all_reduced(torch.cat([total, *means]), group).unbind()
     dtype = real_dtype(compute_dtype(*leaves.grads, *leaves.owners))
     return [x.to(dtype) for x in found[:count]], [*found[count:]]
+
+
+_rehearsed: dict[Any, None] = {}
+
+
+def _rehearse(links: tuple[Sweep, ...], leaves: Leaves, grads: list[Any]) -> None:
+    """Call links on tensors without numbers, once for each kind of leaf, so that what fails for a shape fails on all processes.
+
+    Else the owner of the tensor alone would raise, and the others would wait for it.
+    """
+    homes: list[Any] = leaves.homes or []
+    for i, g in enumerate(grads):
+        if g is None or not is_sharded(homes[i]) or torch.compiler.is_compiling():
+            continue
+        key = (g.dtype, homes[i].shape, tuple(_identity(link.rule) for link in links))
+        if key in _rehearsed:
+            continue
+        keepers = [link.slots for link in links if link.slots is not None]
+        before = [keeper.now[i] for keeper in keepers]
+        x = torch.empty(homes[i].shape, dtype=g.dtype, device="meta")
+        p = None if leaves.params is None else torch.empty(homes[i].shape, dtype=leaves.owners[i].dtype, device="meta")
+        try:
+            for keeper, slots in zip(keepers, before, strict=True):
+                whole_slots = [_empty(here, home) for here, home in zip(slots, keeper.homes[i], strict=True)]
+                keeper.now[i] = slots if type(slots) is tuple else slots._make(whole_slots)
+            for link in links:
+                x = link.each(i, x, p)
+        except (NotImplementedError, RuntimeError):  # a rule may need numbers, or an operator has no form without
+            pass
+        finally:
+            for keeper, slots in zip(keepers, before, strict=True):
+                keeper.now[i] = slots
+        while len(_rehearsed) >= _KINDS:
+            _rehearsed.pop(next(iter(_rehearsed)), None)
+        _rehearsed[key] = None
+
+
+_KINDS = 4096
+
+
+def _empty(here: Any, home: Any) -> Any:
+    """A slot as the whole tensor has it, without numbers."""
+    return torch.empty(home.shape, dtype=here.dtype, device="meta") if isinstance(here, Tensor) else here
+
+
+def _identity(rule: Any) -> Any:
+    """What a rule is, by its code and the numbers that it closes over."""
+    if not hasattr(rule, "__code__"):
+        return rule
+    inside = [cell.cell_contents for cell in rule.__closure__ or ()]
+    return (rule.__code__, *(x if isinstance(x, int | float | str | None) else type(x) for x in inside))
 
 
 class Owners:

@@ -218,12 +218,24 @@ REFUSED: dict[str, tuple[Callable[[], optfn.GradientTransformation], str]] = {
 }
 
 
+def of_columns(g: Tensor, slots: Any, p: Tensor, step: Tensor) -> tuple[Tensor, Any]:
+    """A rule that fails for some leaves, each of which one process owns."""
+    if g.ndim == 2 and g.shape[1] != 4:
+        raise ValueError("it takes matrices of 4 columns")
+    return g / g.abs().max(), slots
+
+
 def all_refused() -> None:
     params = distributed("fsdp")(full_params())
     for make, words in REFUSED.values():
         tx = make()
         with pytest.raises(TypeError, match=words):
             tx.init({"w": params["w"]})
+    picky = optfn.leafwise(lambda p: (), of_columns)
+    for rule, words in ((picky, "of 4 columns"), (optfn.scale_by_shape(), "Muon takes matrices")):
+        state = rule.init(params)
+        with pytest.raises(ValueError, match=words):
+            rule.update(params, state, params)
     tx = adamw()
     state = tx.init(params)
     with pytest.raises(TypeError, match="'b': the parameter lies on several processes, the update does not: distribute it"):
