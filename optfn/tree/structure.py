@@ -71,18 +71,25 @@ class _Structure:
 
     def __init__(self, tree: Any, found: list[Any]) -> None:
         self.kind = type(tree)
-        level = _children(tree)
+        level = _level(tree)
         self.leaf = level is None
-        self.names, children, self.rebuild = level or ([], [], list)
+        self.keys, children, self.rebuild = level or ([], [], list)
+        self.parts: list[_Structure] = []
+        before = len(found)
         if self.leaf:
             found.append(tree)
-        self.parts = [_Structure(child, found) for child in children]
-        self.num_leaves: int = 1 if self.leaf else sum(part.num_leaves for part in self.parts)
+        for child in children:
+            if child is None or isinstance(child, Tensor):
+                found.append(child)
+                self.parts.append(_LEAF)
+            else:
+                self.parts.append(_Structure(child, found))
+        self.num_leaves: int = len(found) - before
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Structure) or self.leaf or other.leaf:
             return isinstance(other, _Structure) and self.leaf and other.leaf
-        return self.kind is other.kind and self.names == other.names and self.parts == other.parts
+        return self.kind is other.kind and self.keys == other.keys and self.parts == other.parts
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -97,25 +104,34 @@ class _Structure:
             return new_leaves[0]
         children, start = [], 0
         for part in self.parts:
-            children.append(part.unflatten(new_leaves[start : start + part.num_leaves]))
+            if part is _LEAF:
+                children.append(new_leaves[start])
+            else:
+                children.append(part.unflatten(new_leaves[start : start + part.num_leaves]))
             start += part.num_leaves
         return self.rebuild(children)
 
     def flatten_up_to(self, tree: Any) -> list[Any]:
         if self.leaf:
             return [tree]
-        level = _children(tree)
+        level = _level(tree)
         if level is None:
             raise ValueError("the structures differ")
-        if type(tree) in _DICTS and self.kind in _DICTS:
-            # optree takes one dict for another, whatever the order of its keys.
-            found = dict(zip(level[0], level[1], strict=True))
-            if len(found) != len(self.names) or any(name not in found for name in self.names):
-                raise ValueError("the structures differ")
-            return [x for part, name in zip(self.parts, self.names, strict=True) for x in part.flatten_up_to(found[name])]
-        if type(tree) is not self.kind or level[0] != self.names:
+        keys, children, _ = level
+        dicts = type(tree) in _DICTS and self.kind in _DICTS  # optree takes one dict for another, whatever the order of its keys
+        if dicts and keys != self.keys and len(keys) == len(self.keys):
+            named = dict(zip(keys, children, strict=True))
+            keys = [key for key in self.keys if key in named]
+            children = [named[key] for key in keys]
+        if keys != self.keys or not (dicts or type(tree) is self.kind):
             raise ValueError("the structures differ")
-        return [x for part, child in zip(self.parts, level[1], strict=True) for x in part.flatten_up_to(child)]
+        found: list[Any] = []
+        for part, child in zip(self.parts, children, strict=True):
+            if part is _LEAF:
+                found.append(child)
+            else:
+                found.extend(part.flatten_up_to(child))
+        return found
 
 
 def match(spec: Any, tree: Any, name: str, like: str, advice: str = "") -> list[Any]:
@@ -412,14 +428,20 @@ def cast(tree: Any, dtype: torch.dtype | None) -> Any:
 
 def _children(node: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]] | None:
     """One level of a tree: the names of the children, the children, and how to put new ones together; None for a leaf."""
+    level = _level(node)
+    return level and ([str(key) for key in level[0]], *level[1:])
+
+
+def _level(node: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]] | None:
+    """As :func:`_children`, with the keys themselves for names."""
     if node is None or isinstance(node, Tensor):
         return None
     kind = type(node)
     if kind is dict:
-        keys = total_order_sorted(node)
-        return [str(key) for key in keys], [node[key] for key in keys], lambda new: _like_dict(node, keys, new)
+        keys = _in_order(node)
+        return keys, [node[key] for key in keys], lambda new: _like_dict(node, keys, new)
     if kind is tuple or kind is list:
-        return [str(i) for i in range(len(node))], list(node), kind
+        return [*range(len(node))], list(node), kind
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return list(kind._fields), list(node), lambda new: kind(*new)
     other: Any = node
@@ -427,7 +449,19 @@ def _children(node: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], An
         return None
     level: Any = optree.tree_flatten_one_level(other, none_is_leaf=True, namespace=NAMESPACE)
     found, metadata, entries, rebuild = level
-    return [str(entry) for entry in entries], list(found), lambda new: rebuild(metadata, tuple(new))
+    return list(entries), list(found), lambda new: rebuild(metadata, tuple(new))
+
+
+def _in_order(keys: Any) -> list[Any]:
+    """Sorted as optree sorts them; keys that do not compare take the long way."""
+    try:
+        return sorted(keys)
+    except TypeError:
+        return total_order_sorted(keys)
+
+
+_LEAF = _Structure(None, [])
+"""Stands for every leaf in a structure: Dynamo takes long over an object that it makes."""
 
 
 def children(tree: Any) -> dict[str, Any] | None:
@@ -442,8 +476,10 @@ def children(tree: Any) -> dict[str, Any] | None:
 
 
 def _like_dict(old: dict[Any, Any], keys: list[Any], new: list[Any]) -> dict[Any, Any]:
-    values = dict(zip(keys, new, strict=True))
-    return {key: values[key] for key in old}
+    values: dict[Any, Any] = dict.fromkeys(old)
+    for key, x in zip(keys, new, strict=True):
+        values[key] = x
+    return values
 
 
 def subtrees(tree: Any) -> list[Any]:
@@ -778,10 +814,11 @@ def check_leaves(found: list[Any], spec: Any, name: str) -> None:
     Example:
         >>> check_leaves([torch.ones(1), None], flatten([0, 0])[1], "params")
     """
-    for i, x in enumerate(found):
+    for x in found:
         if x is None or isinstance(x, Tensor):
             continue
-        where = name if spec.is_leaf() else f"{name} at {paths(unflatten(spec, [None] * len(found)))[i]!r}"
+        place = next(i for i, y in enumerate(found) if y is x)
+        where = name if spec.is_leaf() else f"{name} at {paths(unflatten(spec, [None] * len(found)))[place]!r}"
         if isinstance(x, torch.nn.Module):
             raise TypeError(f"{where} is a module: pass a tree of tensors, dict(module.named_parameters())")
         if inspect.isgenerator(x) or hasattr(x, "__next__"):
