@@ -13,6 +13,11 @@ import torch
 import optfn
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the tests."""
+    parser.addoption("--generated", type=int, default=16, help="of the fixed cases of the fuzzer, how many are compiled to code")
+
+
 @pytest.fixture(autouse=True)
 def _example_names(doctest_namespace: dict[str, Any]) -> None:
     doctest_namespace.update(torch=torch, optfn=optfn, NamedTuple=NamedTuple)

@@ -163,7 +163,6 @@ def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum("image/png" in output.get("data", {}) for output in outputs(code)) == PLOTS[name]
     assert not [output for output in outputs(code) if output.output_type == "error" or output.get("name") == "stderr"]
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # small tensors: threads that wait for each other cost more than they do
     fresh = copy.deepcopy(stored)
     fresh.cells.append(nbformat.v4.new_code_cell(CHECKS[name]))
