@@ -309,7 +309,9 @@ def _count(measure: Rule, sweep: "_Pass", leaves: Leaves, shared: Any) -> int:
     i = next(i for i, g in enumerate(leaves.grads) if g is not None)
     g, p, slots, shared = tree.map(lambda x: x.to("meta"), (leaves.grads[i], leaves.owners[i], sweep.now[i], shared))
     dtype = _real_dtype(g, p)
-    return len(_apply(measure, g, slots, p, sweep.steps.of(i, dtype, torch.device("meta")), dtype, (shared,))[0])
+    step = sweep.steps.of(dtype, torch.device("meta"))[i]
+    wide = slots._make([_widened(x, dtype) for x in slots]) if type(slots) is not tuple else slots
+    return len(measure(_widened(g, dtype), wide, _widened(p, dtype), step, shared)[0])
 
 
 def _shared_scalar(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -341,6 +343,7 @@ def _first_state(init: Callable[[Tensor], Any], params: Any, complex_: Complex, 
 def stateless_with_tree_map(
     f: Callable[..., Tensor],
     *,
+    once: Callable[[torch.dtype], Any] | None = None,
     elementwise: bool = True,
     norms: Callable[[Tensor, Any], tuple[Tensor, ...]] | None = None,
     needs_params: bool = False,
@@ -353,6 +356,7 @@ def stateless_with_tree_map(
 
     Args:
         f: called for every update that is not None; ``p`` is None where no params are given.
+        once: what is computed once for all leaves of a dtype, and handed to ``f`` after ``p``: called with that dtype.
         elementwise: whether an entry of the result depends on that entry alone.
         norms: with ``elementwise=False``, as in :func:`leafwise`: ``f(g, p, extents)`` depends on these besides.
         needs_params: whether ``f`` reads ``p``.
@@ -368,16 +372,20 @@ def stateless_with_tree_map(
 
     def begin(leaves: Leaves, state: Any) -> Sweep:
         lift.require_params(leaves)
+        numbers = _Once(lambda dtype, device: once(dtype) if once else None)
 
         def each(i: int, g: Tensor, p: Tensor | None, shared: tuple[Any, ...] = (), extents: Any = None) -> Tensor:
-            values, rebuild = lift.values(leaves, i, g, p)
-            dtype = _real_dtype(values, p)
-            seen, owner = _widened(values, dtype), _widened(p, dtype)
+            plain = _is_plain(g, p, None)
+            values, rebuild = (g, None) if plain else lift.values(leaves, i, g, p)
+            dtype = g.dtype if plain else _real_dtype(values, p)
+            seen, owner = (g, p) if plain else (_widened(values, dtype), _widened(p, dtype))
+            given = shared if once is None else (numbers.of(dtype, values.device), *shared)
             try:
-                direction = _narrowed(f(seen, owner, *shared, *lift.extents(seen, owner, extents)), values)
+                direction = f(seen, owner, *given, *lift.extents(seen, owner, extents))
             except RuntimeError as error:
                 _explain(error, f, leaves, i, ())
                 raise
+            direction = _narrowed(direction, values)
             return rebuild(direction) if rebuild else direction
 
         return lift.sweep(leaves, each, lambda: state)
@@ -546,9 +554,6 @@ class _Lift(NamedTuple):
         self, leaves: Leaves, i: int, g: Tensor, p: Tensor | None, slot: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """What of a gradient the rule is shown, once it is found sound, and how to make an update of the answer if it is none."""
-        usual = p is not None and g.dtype == p.dtype and g.is_floating_point() and g.layout == torch.strided and g.shape == p.shape
-        if usual and (slot is None or (g.dtype == slot.dtype and g.shape == slot.shape)):
-            return g, None
         if p is None and leaves.params is not None and leaves.owners[i] is None:  # else nobody reads it
             raise ValueError(f"{_where(self.rule, leaves.updates, i)} has an update, but no parameter")
         if not g.is_floating_point():
@@ -591,7 +596,8 @@ class _Pass:
         present = [g is not None for g in leaves.grads]
         self.step = state.step + (1 if all(present) else torch.tensor(present, device=state.step.device))
         # A leaf that has had no update yet is shown to at_step all the same: at 0 a root in it would have no derivative.
-        self.steps = _Steps(self.step if all(present) else self.step.clamp_min(1), at_step)
+        seen = self.step if all(present) else self.step.clamp_min(1)
+        self.steps = _Once(lambda dtype, device: _at_steps(seen.to(dtype=dtype, device=device), at_step))
 
     def _pieces(self, i: int, slots: Any) -> Any:
         """The slots of a leaf as this process has them."""
@@ -618,17 +624,21 @@ class _Pass:
         if (type(slots) is tuple and self.kept) or (slot is None and len(slots)):
             where = _where(lift.rule, self.leaves.updates, i)
             raise ValueError(f"{where} has an update, but there was no parameter when the state was made")
-        values, rebuild = lift.values(self.leaves, i, g, p, slot if lift.elementwise else None)
-        dtype = _real_dtype(values, p)
+        plain = _is_plain(g, p, slot if lift.elementwise else None) and _all_of(g.dtype, slots)
+        values, rebuild = (g, None) if plain else lift.values(self.leaves, i, g, p, slot if lift.elementwise else None)
+        dtype = g.dtype if plain else _real_dtype(values, p)
         try:
-            step = self.steps.of(i, dtype, values.device)
-            if lift.norms is not None:
-                shared += lift.extents(_widened(values, dtype), _widened(p, dtype), extents)
-            answer, new = _apply(rule or lift.rule, values, slots, p, step, dtype, shared)
+            step = self.steps.of(dtype, values.device)[i]
+            seen, owner = (g, p) if plain else (_widened(values, dtype), _widened(p, dtype))
+            wide = slots if plain or _all_of(dtype, slots) else slots._make([_widened(x, dtype) for x in slots])
+            answer, new = (rule or lift.rule)(seen, wide, owner, step, *shared, *lift.extents(seen, owner, extents))
+            if type(new) is not type(slots):
+                raise TypeError(_of_another(rule or lift.rule, slots))
         except (AttributeError, RuntimeError, TypeError) as error:
             _explain(error, lift.rule, self.leaves, i, slots)
             raise
         self.now[i] = _cast_back(new, self.before[i], dtype) if last else new
+        answer = _narrowed(answer, values)
         return rebuild(answer) if rebuild else answer
 
     def slots(self) -> Any:
@@ -638,20 +648,9 @@ class _Pass:
         return _by_field(self.spec, [s if type(s) is tuple else s._make(map(like, s, before)) for s, before in pairs])
 
 
-def _apply(
-    rule: Rule, g: Tensor, slots: Any, p: Tensor | None, step: Any, dtype: torch.dtype, shared: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """One rule on one tensor: complex as real, half precision in float32; the answer back in the dtype that came."""
-    wide = slots if _plain(slots, dtype) else slots._make([_widened(x, dtype) for x in slots])
-    answer, new = rule(_widened(g, dtype), wide, _widened(p, dtype), step, *shared)
-    if type(new) is not type(slots):
-        raise TypeError(_of_another(rule, slots))
-    return _narrowed(answer, g), new
-
-
 def _cast_back(new: Any, before: Any, dtype: torch.dtype) -> Any:
     """New slots in the dtypes that those before have."""
-    if _plain(before, dtype) and _plain(new, dtype):
+    if _all_of(dtype, new) and _all_of(dtype, before):
         return new
     return new._make([_narrowed(x, like) for x, like in zip(new, before, strict=True)])
 
@@ -682,8 +681,21 @@ def _of_another(rule: Rule, slots: Any) -> str:
     return not_its_state(rule_name(rule), "with the slots of its rule", slots)
 
 
-def _plain(slots: Any, dtype: torch.dtype) -> bool:
-    """Whether the tensors of these slots are what a rule in ``dtype`` is shown, so that nothing is to be cast."""
+def _is_plain(g: Tensor, p: Tensor | None, slot: Tensor | None) -> bool:
+    """Whether a leaf is what most are: dense, real, float32 or wider, and like its parameter and its slot. It is shown as it is."""
+    dtype, shape = g.dtype, g.shape
+    return (
+        p is not None
+        and p.dtype == dtype
+        and (dtype == torch.float32 or dtype == torch.float64)
+        and p.shape == shape
+        and (slot is None or slot.shape == shape)
+        and g.layout == torch.strided
+    )
+
+
+def _all_of(dtype: torch.dtype, slots: Any) -> bool:
+    """Whether the tensors of these slots have this dtype, so that nothing is to be cast."""
     for x in slots:  # noqa: SIM110 - a loop is half the time of all() here, at every leaf
         if isinstance(x, Tensor) and x.dtype != dtype:
             return False
@@ -711,23 +723,26 @@ def _real_dtype(g: Tensor, p: Tensor | None) -> torch.dtype:
     return real_dtype(compute_dtype(g, p))
 
 
-class _Steps:
-    """What each leaf's rule is handed as its step, computed for all of them once for each dtype and device of theirs."""
+class _Once:
+    """What is computed once for all leaves of one dtype and device."""
 
-    def __init__(self, step: Tensor, at_step: Callable[[Tensor], Any] | None) -> None:
-        self.step, self.at_step = step, at_step
-        self.found: dict[Any, Any] = {}
+    def __init__(self, make: Callable[[torch.dtype, torch.device], Any]) -> None:
+        self.make, self.found = make, {}
+        self.dtype, self.device, self.last = None, None, None
 
-    def of(self, i: int, dtype: torch.dtype, device: torch.device) -> Any:
-        key = (dtype, device)
-        if key not in self.found:
-            self.found[key] = self.all(self.step.to(dtype=dtype, device=device))
-        return self.found[key][i]
+    def of(self, dtype: torch.dtype, device: torch.device) -> Any:
+        if dtype != self.dtype or device != self.device:
+            if (dtype, device) not in self.found:
+                self.found[dtype, device] = self.make(dtype, device)
+            self.dtype, self.device, self.last = dtype, device, self.found[dtype, device]
+        return self.last
 
-    def all(self, step: Tensor) -> Any:
-        given = self.at_step(step) if self.at_step else step
-        if isinstance(given, Tensor):
-            return given.unbind()
-        if isinstance(given, list):
-            return given
-        return list(zip(*(x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in given), strict=True))
+
+def _at_steps(step: Tensor, at_step: Callable[[Tensor], Any] | None) -> Any:
+    """What each leaf's rule is handed as its step."""
+    given = at_step(step) if at_step else step
+    if isinstance(given, Tensor):
+        return given.unbind()
+    if isinstance(given, list):
+        return given
+    return list(zip(*(x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(step) for x in given), strict=True))

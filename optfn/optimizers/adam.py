@@ -9,7 +9,7 @@ from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, sqrt
+from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, multiplier, sqrt
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -100,19 +100,20 @@ def scale_by_adam(
     def at_step(step: Tensor) -> tuple[Any, ...]:
         # Both corrections go into scalars, as at the end of section 2 of the paper.
         first, second = bias_correction(d1, step), bias_correction(d2, step)
-        offset, under = eps if eps_hat else eps * second.sqrt(), eps_root if is_zero(eps_root) else eps_root * second
+        size = first / second.sqrt()
+        offset, under = eps * (size if eps_hat else first), eps_root if is_zero(eps_root) else eps_root * second
         ahead = b1 * first / bias_correction(d1, step + 1) if nesterov else None
-        return second if amsgrad else None, second.sqrt() / first, offset, under, ahead
+        return multiplier(b2, step.dtype), second if amsgrad else None, size, offset, under, ahead
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
-        correction, size, offset, under, ahead = step
-        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        decay, correction, size, offset, under, ahead = step
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, decay, 1 - b2)
         nu_max: Any = slots.nu_max
         first, second = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu, nu
         if amsgrad:
             nu_max = torch.maximum(nu_max, nu / correction if amsgrad == "debiased" else nu)
             second = nu_max * correction if amsgrad == "debiased" else nu_max
-        return size * first / (sqrt(second, under) + offset), AdamSlots(mu, nu, nu_max)
+        return first / torch.addcmul(offset, size, sqrt(second, under)), AdamSlots(mu, nu, nu_max)
 
     return leafwise(init, update, elementwise=True, at_step=at_step)
 
