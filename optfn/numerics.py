@@ -125,7 +125,10 @@ def sqrt(x: Tensor, eps: Scalar = 0.0) -> Tensor:
         tensor(0.)
     """
     x = x if isinstance(eps, int | float) and eps == 0 else x + eps
-    return x.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+    return x.clamp_min(_TINY[x.dtype]).sqrt()
+
+
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 def ratio(x: Tensor, y: Tensor) -> Tensor:

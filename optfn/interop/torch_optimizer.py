@@ -519,9 +519,10 @@ class _Group:
                 self.compiled[pattern] = compiled(_step_of(self.tx), donate=("params", "state"), backend=self.backend)
             self.compiled[pattern](self.params, self.state, tree.unflatten(self.spec, grads), extra)
             return
-        params, state = _step_of(self.tx)(self.params, self.numbered(), tree.unflatten(self.spec, grads), extra)
+        updates, state = self.tx.update(tree.unflatten(self.spec, grads), self.numbered(), self.params, **extra)
+        add = self.adding(updates)
         self.store(state)
-        self.put(params)
+        add()
 
     def numbered(self) -> Any:
         """The state with Python numbers for hyperparameters: with a number an eager step has half the operations.
@@ -538,6 +539,15 @@ class _Group:
 
     def gradients(self, f: Callable[[Tensor], Tensor]) -> Any:
         return tree.unflatten(self.spec, [None if p.grad is None else f(p.grad) for p in self.leaves])
+
+    def adding(self, updates: Any) -> Callable[[], Any]:
+        """What adds updates to the parameters, in place where they are like them; errors are raised before it is called."""
+        changes = tree.match(self.spec, updates, "updates", "params")
+        pairs = [(p, u) for p, u in zip(self.leaves, changes, strict=True) if u is not None]
+        if not all([_alike(p, u) for p, u in pairs]):
+            return functools.partial(self.put, added(self.params, updates)[0])
+        into, of = [p for p, _ in pairs], [self._apart(u, u) for _, u in pairs]
+        return lambda: pairs and torch._foreach_add_(into, of)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def put(self, params: Any) -> None:
         """Write a tree into the parameters."""
@@ -635,6 +645,10 @@ class _Group:
         self.flat = [choose(part, like) for part, like in zip(self.parts, fresh, strict=True)]
         self.state = tree.unflatten(self.state_spec, self.flat)
         self.written = {}
+
+
+def _alike(p: Tensor, u: Any) -> bool:
+    return isinstance(u, Tensor) and u.dtype == p.dtype and u.shape == p.shape and u.layout == p.layout and u.device == p.device
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
