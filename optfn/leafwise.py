@@ -637,7 +637,8 @@ class _Pass:
         except (AttributeError, RuntimeError, TypeError) as error:
             _explain(error, lift.rule, self.leaves, i, slots)
             raise
-        self.now[i] = _cast_back(new, self.before[i], dtype) if last else new
+        sound = not last or (plain and slots is self.before[i] and _all_of(dtype, new))
+        self.now[i] = new if sound else _cast_back(new, self.before[i], dtype)
         answer = _narrowed(answer, values)
         return rebuild(answer) if rebuild else answer
 

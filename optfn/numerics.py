@@ -15,6 +15,7 @@ __all__ = [
     "add_scaled",
     "as_complex",
     "as_real",
+    "as_scalar",
     "average_square",
     "bias_correction",
     "cbrt",
@@ -23,7 +24,6 @@ __all__ = [
     "full_like",
     "global_norm",
     "lerp",
-    "multiplier",
     "norm",
     "norm_of_norms",
     "ratio",
@@ -52,19 +52,19 @@ def widened_scalar(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def multiplier(x: Scalar, dtype: torch.dtype) -> Scalar:
-    """A number, for products with many tensors of ``dtype``: a 0-dim tensor of it, with which they take half the time.
+def as_scalar(x: Scalar, dtype: torch.dtype) -> Scalar:
+    """A number for arithmetic with many tensors of ``dtype``: a 0-dim tensor of it, with which an operation takes half the time.
 
-    Torch makes such a tensor of a Python number at every product. Where a step is traced the number is handed on as it is.
+    Torch makes such a tensor of a Python number at every operation. Where a step is traced the number is handed on as it is.
 
     Example:
-        >>> multiplier(0.1, torch.float32)
+        >>> as_scalar(0.1, torch.float32)
         tensor(0.1000)
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return x
     # On the CPU it goes with tensors of any device.
-    return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device="cpu")
+    return (x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")).to(dtype)
 
 
 def bias_correction(decay: Scalar, step: Tensor) -> Tensor:
@@ -172,23 +172,21 @@ def add_scaled(x: Tensor, y: Tensor, factor: Scalar) -> Tensor:
     return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
-def average_square(average: Tensor, x: Tensor, decay: Scalar, weight: Scalar | None = None) -> Tensor:
-    """``decay * average + weight * x**2``, a step of an exponential moving average of squares.
+def average_square(average: Tensor, x: Tensor, decay: Scalar, keep: Scalar | None = None) -> Tensor:
+    """``decay * average + (1 - decay) * x**2``, a step of an exponential moving average of squares.
 
     Args:
         average: the average so far.
         x: what is squared.
-        decay: a number or a 0-dim tensor; what :func:`multiplier` makes of it is the fastest.
-        weight: ``1 - decay`` if None.
+        decay: a number or a 0-dim tensor.
+        keep: what :func:`as_scalar` makes of it, for an average of that dtype.
 
     Example:
         >>> average_square(torch.zeros(2), torch.tensor([1.0, 2.0]), 0.75)
         tensor([0.2500, 1.0000])
     """
-    weight = 1 - decay if weight is None else weight
-    if isinstance(weight, Tensor):
-        return decay * average + weight * x.square()
-    return torch.addcmul(average * decay, x, x, value=weight)
+    kept = average * (keep if isinstance(keep, Tensor) and keep.dtype == average.dtype else decay)
+    return kept + (1 - decay) * x.square() if isinstance(decay, Tensor) else torch.addcmul(kept, x, x, value=1 - decay)
 
 
 def lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:

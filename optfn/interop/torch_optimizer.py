@@ -544,7 +544,7 @@ class _Group:
         """What adds updates to the parameters, in place where they are like them; errors are raised before it is called."""
         changes = tree.match(self.spec, updates, "updates", "params")
         pairs = [(p, u) for p, u in zip(self.leaves, changes, strict=True) if u is not None]
-        if not all([_alike(p, u) for p, u in pairs]):
+        if not all(_alike(p, u) for p, u in pairs):
             return functools.partial(self.put, added(self.params, updates)[0])
         into, of = [p for p, _ in pairs], [self._apart(u, u) for _, u in pairs]
         return lambda: pairs and torch._foreach_add_(into, of)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

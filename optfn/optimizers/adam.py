@@ -9,7 +9,7 @@ from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, multiplier, sqrt
+from optfn.numerics import Scalar, add_scaled, as_scalar, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -103,11 +103,11 @@ def scale_by_adam(
         size = first / second.sqrt()
         offset, under = eps * (size if eps_hat else first), eps_root if is_zero(eps_root) else eps_root * second
         ahead = b1 * first / bias_correction(d1, step + 1) if nesterov else None
-        return multiplier(b2, step.dtype), second if amsgrad else None, size, offset, under, ahead
+        return as_scalar(b2, step.dtype), second if amsgrad else None, size, offset, under, ahead
 
     def update(g: Tensor, slots: AdamSlots, p: Any, step: Any) -> tuple[Tensor, AdamSlots]:
-        decay, correction, size, offset, under, ahead = step
-        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, decay, 1 - b2)
+        keep, correction, size, offset, under, ahead = step
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2, keep)
         nu_max: Any = slots.nu_max
         first, second = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu, nu
         if amsgrad:

@@ -9,7 +9,7 @@ from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, average_square, bias_correction, lerp, sqrt, widened_scalar
+from optfn.numerics import Scalar, as_scalar, average_square, bias_correction, lerp, sqrt, widened_scalar
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -73,14 +73,14 @@ def scale_by_nadam(
     def init(p: Tensor) -> NAdamSlots:
         return NAdamSlots(torch.zeros_like(p), torch.zeros_like(p), torch.ones((), device=p.device))
 
-    def at_step(step: Tensor) -> tuple[Tensor, ...]:
+    def at_step(step: Tensor) -> tuple[Scalar, ...]:
         now, then, root = momentum(as_time(step)), momentum(as_time(step) + 1), bias_correction(b2, step).sqrt()
-        return now.float(), then, root * (1 - now), root * then, eps * root
+        return as_scalar(b2, step.dtype), now.float(), then, root * (1 - now), root * then, eps * root
 
     def update(g: Tensor, slots: NAdamSlots, p: Any, step: Any) -> tuple[Tensor, NAdamSlots]:
-        now, then, first, second, offset = step
+        keep, now, then, first, second, offset = step
         kept = slots.mu_product.float() * now  # in float32
-        product, mu, nu = widened_scalar(kept), lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        product, mu, nu = widened_scalar(kept), lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2, keep)
         direction = torch.addcmul(first / (1 - product) * g, mu, second / (1 - product * then))
         return direction / (sqrt(nu) + offset), NAdamSlots(mu, nu, kept)
 

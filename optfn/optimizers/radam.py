@@ -9,7 +9,7 @@ from optfn.checks import alias, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, add_scaled, average_square, bias_correction, lerp, sqrt
+from optfn.numerics import Scalar, add_scaled, as_scalar, average_square, bias_correction, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import decayed
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -89,11 +89,12 @@ def scale_by_radam(
         r = torch.where(on == 1, (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho), 1).sqrt()
         first, offset = bias_correction(b1, step), eps / weight.sqrt() if eps_hat else eps
         ahead = b1 * first / bias_correction(b1, step + 1) if nesterov else None
-        return r / first, on / weight, 1 - on + on * eps_root, on * offset, ahead
+        scalars = r / first, on / weight, 1 - on + on * eps_root, on * offset
+        return as_scalar(b2, step.dtype), *(x.to(step.dtype) for x in scalars), ahead
 
     def update(g: Tensor, slots: RAdamSlots, p: Any, step: Any) -> tuple[Tensor, RAdamSlots]:
-        size, share, under, offset, ahead = step
-        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2)
+        keep, size, share, under, offset, ahead = step
+        mu, nu = lerp(slots.mu, g, 1 - b1), average_square(slots.nu, g, b2, keep)
         first = add_scaled(ahead * mu, g, 1 - b1) if nesterov else mu
         return size * first / (sqrt(share * nu, under) + offset), RAdamSlots(mu, nu)
 

@@ -9,7 +9,7 @@ from optfn.checks import alias, is_zero, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, identity
 from optfn.leafwise import leafwise
-from optfn.numerics import Scalar, average_square, debias, full_like, lerp, sqrt
+from optfn.numerics import Scalar, as_scalar, average_square, debias, full_like, lerp, sqrt
 from optfn.schedules import ScalarOrSchedule
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.momentum import trace
@@ -76,16 +76,20 @@ def scale_by_rms(
     def init(p: Tensor) -> RmsSlots:
         return RmsSlots(full_like(p, start), torch.zeros_like(p) if centered else ())
 
-    def update(g: Tensor, slots: RmsSlots, p: Any, step: Tensor) -> tuple[Tensor, RmsSlots]:
-        nu, mu = average_square(slots.nu, g, alpha), slots.mu
+    def at_step(step: Tensor) -> tuple[Scalar, ...]:
+        return step, as_scalar(alpha, step.dtype), as_scalar(eps, step.dtype)
+
+    def update(g: Tensor, slots: RmsSlots, p: Any, scalars: Any) -> tuple[Tensor, RmsSlots]:
+        step, keep, offset = scalars
+        nu, mu = average_square(slots.nu, g, alpha, keep), slots.mu
         variance = debias(nu, alpha, step) if bias_correction else nu
         if isinstance(mu, Tensor):
             mu = lerp(mu, g, 1 - alpha)
             variance = variance - (debias(mu, alpha, step) if bias_correction else mu).square()
-        root = sqrt(variance, eps) if eps_in_sqrt else sqrt(variance) + eps
+        root = sqrt(variance, offset) if eps_in_sqrt else sqrt(variance) + offset
         return g / root, RmsSlots(nu, mu)
 
-    return leafwise(init, update, elementwise=True)
+    return leafwise(init, update, elementwise=True, at_step=at_step)
 
 
 def scale_by_stddev(

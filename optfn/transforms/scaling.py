@@ -9,7 +9,7 @@ from optfn import tree
 from optfn.checks import check_state, number, scalar_or_schedule
 from optfn.core import GradientTransformation, stateless
 from optfn.leafwise import Extent, begin_of, lifted, stateless_with_tree_map
-from optfn.numerics import Scalar, multiplier
+from optfn.numerics import Scalar, as_scalar
 from optfn.schedules import ScalarOrSchedule, Schedule, as_time
 from optfn.sweep import Leaves, Sweep
 
@@ -38,9 +38,7 @@ def scale(step_size: Scalar) -> GradientTransformation:
         {'w': tensor([-1.])}
     """
     step_size = number("step_size", step_size)
-    return stateless_with_tree_map(
-        lambda g, p, factor: g * factor, once=lambda dtype: multiplier(step_size, dtype), sparse="values"
-    )
+    return stateless_with_tree_map(lambda g, p, factor: g * factor, once=lambda dtype: as_scalar(step_size, dtype), sparse="values")
 
 
 def normalize() -> GradientTransformation:
