@@ -619,7 +619,8 @@ class _Pass:
         *,
         last: bool = True,
     ) -> Any:
-        lift, slots = self.lift, self.now[i]
+        lift = self.lift
+        slots: Any = self.now[i]
         slot = _first_tensor(slots)
         if (type(slots) is tuple and self.kept) or (slot is None and len(slots)):
             where = _where(lift.rule, self.leaves.updates, i)
