@@ -631,7 +631,7 @@ class _Pass:
         try:
             step = self.steps.of(dtype, values.device)[i]
             seen, owner = (g, p) if plain else (_widened(values, dtype), _widened(p, dtype))
-            wide = slots if plain or _all_of(dtype, slots) else slots._make([_widened(x, dtype) for x in slots])
+            wide = slots if plain or _all_of(dtype, slots) else type(slots)(*(_widened(x, dtype) for x in slots))
             answer, new = (rule or lift.rule)(seen, wide, owner, step, *shared, *lift.extents(seen, owner, extents))
             if type(new) is not type(slots):
                 raise TypeError(_of_another(rule or lift.rule, slots))

@@ -32,6 +32,7 @@ __all__ = [
     "placed_as",
     "replicas",
     "rows_of",
+    "same_layout",
     "whole",
 ]
 

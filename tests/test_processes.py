@@ -11,7 +11,7 @@ import torch
 from meshes import LAYOUTS, SHAPES, distributed, full_grads, full_params, layout_of, whole
 from processes import on_processes
 from torch import Tensor
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import optfn
@@ -152,6 +152,84 @@ def test_every_transformation_is_that_of_one_process(layout: str) -> None:
         assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
 
 
+# TorchOptimizer
+
+
+OPTIMIZERS: dict[str, Callable[..., optfn.GradientTransformation]] = {
+    "adamw": optfn.adamw,
+    "sgd": lambda lr: optfn.sgd(lr, momentum=0.9),
+    "clip": lambda lr: optfn.chain(optfn.clip_by_global_norm(0.1), optfn.adamw(lr)),
+    "lamb": optfn.lamb,
+    "adafactor": optfn.adafactor,
+    "ema": lambda lr: optfn.chain(optfn.adamw(lr), optfn.ema_params(0.9)),
+}
+
+
+class Net(torch.nn.Module):
+    """Sizes that four processes do not divide, and fewer rows than processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(7, 9), torch.nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh())
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def trained(model: Any, name: str, batches: list[Any], cut: Callable[[Any], Any], *, resume: bool) -> tuple[Any, Any]:
+    """A loop as people have it: a scheduler, and in the middle a checkpoint that a new optimizer takes."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def made() -> tuple[Any, Any]:
+        optimizer = optfn.interop.TorchOptimizer(model.named_parameters(), OPTIMIZERS[name], lr=0.1)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+    optimizer, scheduler = made()
+    for k, (x, y) in enumerate(batches):
+        if resume and k == 3:
+            saved, when = get_optimizer_state_dict(model, optimizer), scheduler.state_dict()
+            optimizer, scheduler = made()
+            set_optimizer_state_dict(model, optimizer, saved)
+            scheduler.load_state_dict(when)
+        optimizer.zero_grad()
+        (model(cut(x)) - cut(y)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    return dict(model.named_parameters()), optimizer.states[0]
+
+
+def sharded_training(name: str) -> float:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    generator = torch.Generator().manual_seed(1)
+    batches = [[torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (7, 2)] for _ in range(STEPS)]
+    alone = trained(net(), name, batches, lambda x: x, resume=False)
+    model = net()
+    for layer in (model.first, model.last, model):
+        fully_shard(layer)
+    rank = dist.get_rank()
+    params, state = trained(model, name, batches, lambda x: x.chunk(4)[rank], resume=True)
+    assert all(isinstance(p, DTensor) for p in params.values())
+    return difference(optfn.tree.map(torch.detach, alone[0]), params) + difference(alone[1], state)
+
+
+def all_trained() -> dict[str, float]:
+    return {name: sharded_training(name) for name in OPTIMIZERS}
+
+
+@pytest.mark.slow
+def test_a_torch_optimizer_of_a_sharded_model_is_that_of_one_process() -> None:
+    """fully_shard, a scheduler, and torch's own functions for checkpoints of optimizers."""
+    for found in on_processes(all_trained, 4):
+        assert {name: x for name, x in found.items() if not x <= 1e-10} == {}
+
+
 # What is communicated
 
 
@@ -245,6 +323,9 @@ def all_refused() -> None:
         tx.update({**params, "w": turned}, state, params)
     with pytest.raises(TypeError, match="'b': the parameter lies on several processes, its update does not"):
         optfn.apply_updates(params, full_params())
+    fast = optfn.compile(lambda params: optfn.tree.scale(0.5, params), donate="params")
+    with pytest.raises(TypeError, match=r"donate: 'params\.b' lies on several processes, which a step that donates does not take"):
+        fast(params)
     recorded = {name: x.detach().requires_grad_() for name, x in params.items()}
     with pytest.raises(RuntimeError, match="no derivative through what several processes compute together"):
         optfn.clip_by_global_norm(1.0).update(recorded, (), params)
@@ -252,3 +333,28 @@ def all_refused() -> None:
 
 def test_what_is_refused_is_refused_by_all() -> None:
     on_processes(all_refused, 4)
+
+
+def not_compiled() -> float:
+    params = distributed("fsdp")(full_params())
+    tx = optfn.chain(optfn.clip_by_global_norm(1.0), adamw())
+    state, worst = tx.init(params), 0.0
+
+    @optfn.compile
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optfn.apply_updates(params, updates), state
+
+    with torch.no_grad():
+        for k in range(2):
+            grads = distributed("fsdp")(full_grads(k))
+            updates, expected = tx.update(grads, state, params)
+            wanted = optfn.apply_updates(params, updates)
+            with pytest.warns(UserWarning, match="Such a step is not compiled yet"):
+                params, state = step(grads, state, params)
+            worst = max(worst, difference(whole((wanted, expected)), (params, state)))
+    return worst
+
+
+def test_a_compiled_step_runs_as_it_is() -> None:
+    assert max(on_processes(not_compiled, 4)) == 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
+from optfn.sharding import is_sharded
 
 __all__ = ["Memory", "check_memory", "copy", "donated_arguments", "replacements"]
 
@@ -41,6 +42,9 @@ def check_memory(arguments: dict[str, Any], donated: set[str]) -> None:
         for i, x in enumerate(tree.flatten(argument)[0]):
             if x is None or (not given and (not isinstance(x, Tensor) or x.layout != torch.strided)):
                 continue
+            if is_sharded(x):
+                what = f"donate: {_path(name, argument, i)!r} lies on several processes, which a step that donates does not take"
+                raise TypeError(f"{what}: call the step itself, under torch.no_grad()")
             if not isinstance(x, Tensor) or x.layout != torch.strided:
                 kind = x.layout if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"donate: {_path(name, argument, i)!r} must be a dense tensor, got {kind}")

@@ -27,6 +27,7 @@ from optfn.compile.regions import Program, split
 from optfn.compile.structure import Structure, UnknownContainerError
 from optfn.compile.surroundings import Surroundings
 from optfn.compile.trace import NotTraceableError, trace
+from optfn.sharding import is_sharded
 
 __all__ = ["compile"]
 
@@ -57,6 +58,8 @@ def compile(
     rows cost: of a tensor with a sparse argument's shape, what :func:`apply_updates` and :func:`sparse_masked` change (and
     ``index_put``, ``index_copy``, ``index_add`` of rows) is written where it lies, and no second table is made, unless
     the step itself reads the whole of the new one.
+
+    A call with tensors that lie on several processes (DTensors) is not compiled, with a warning; they cannot be donated.
 
     At every call the result is that of ``fn`` at that call, whatever ``fn`` reads besides its arguments, or an error. The page
     "What compile promises" of the documentation says how that is kept, and at what cost.
@@ -106,6 +109,9 @@ def compile(
             leaves = tree.leaves((args, kwargs))
             if call is None and donated:
                 check_memory(bound.arguments, {name for _, name in donated})
+            if any(map(is_sharded, leaves)):
+                warnings.warn(_SHARDED, stacklevel=2)
+                return fn(*args, **kwargs)
             if any(map(rows.is_sparse, leaves)) or (donated and (internals.function_modes() is None or any(map(_is_meta, leaves)))):
                 return _eagerly(fn, donated, bound, args, kwargs)
             if any(map(_has_bits, leaves)):
@@ -129,6 +135,11 @@ def compile(
     run._calls = calls  # type: ignore[attr-defined]
     return run
 
+
+_SHARDED = (
+    "optfn.compile: tensors among the arguments lie on several processes. Such a step is not compiled yet, it runs as it is: "
+    "call the function itself"
+)
 
 _INSIDE = (
     "a step that donates was called inside of another compiled step, or under a transform of torch.func such as vmap or grad, "

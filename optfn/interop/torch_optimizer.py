@@ -19,6 +19,8 @@ from optfn.interop.parts import Part, parts
 from optfn.interop.torch_state import is_torch_state, load_torch_state
 from optfn.minimize import descend
 from optfn.optimizers.lbfgs import LbfgsState
+from optfn.sharding import like as laid_out_as
+from optfn.sharding import local, placed_as, same_layout
 from optfn.wrappers.hyperparams import inject_hyperparams
 
 __all__ = ["TorchOptimizer"]
@@ -546,7 +548,7 @@ class _Group:
         pairs = [(p, u) for p, u in zip(self.leaves, changes, strict=True) if u is not None]
         if not all(_alike(p, u) for p, u in pairs):
             return functools.partial(self.put, added(self.params, updates)[0])
-        into, of = [p for p, _ in pairs], [self._apart(u, u) for _, u in pairs]
+        into, of = [local(p) for p, _ in pairs], [local(self._apart(u, u)) for _, u in pairs]
         return lambda: pairs and torch._foreach_add_(into, of)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def put(self, params: Any) -> None:
@@ -565,7 +567,7 @@ class _Group:
         """A new part of the state that is not about to be overwritten."""
         if x.shape != old.shape:
             raise ValueError(f"a part of the state has changed its shape, from {tuple(old.shape)} to {tuple(x.shape)}")
-        return x.clone() if x.untyped_storage().data_ptr() in self.memory else x
+        return x.clone() if _memory(x) in self.memory else x
 
     def adopt(self, state: Any, options: dict[str, Any]) -> None:
         """Take over a state that other code has made, and its hyperparameters as options."""
@@ -597,7 +599,7 @@ class _Group:
             there = kept.setdefault(p, {})
             there.clear()
             there.update(mine)
-        self.memory = {x.untyped_storage().data_ptr() for x in (*self.leaves, *self.flat) if x is not None}
+        self.memory = {_memory(x) for x in (*self.leaves, *self.flat) if x is not None}
         self.published = [(p, list(mine.values())) for p, mine in zip(self.leaves, of, strict=True)]
 
     def replaced(self, kept: Any) -> bool:
@@ -640,7 +642,7 @@ class _Group:
                 shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 whose = "" if part.leaf is None else f" of parameter {tree.paths(self.params)[part.leaf]!r}"
                 raise ValueError(f"{part.path!r}{whose} must have shape {tuple(like.shape)}, got {shape}")
-            return torch.empty_like(like).copy_(found)
+            return laid_out_as(torch.empty_like(local(like)).copy_(local(placed_as(found, like))), like)
 
         self.flat = [choose(part, like) for part, like in zip(self.parts, fresh, strict=True)]
         self.state = tree.unflatten(self.state_spec, self.flat)
@@ -648,12 +650,18 @@ class _Group:
 
 
 def _alike(p: Tensor, u: Any) -> bool:
-    return isinstance(u, Tensor) and u.dtype == p.dtype and u.shape == p.shape and u.layout == p.layout and u.device == p.device
+    alike = isinstance(u, Tensor) and u.dtype == p.dtype and u.shape == p.shape and u.layout == p.layout and u.device == p.device
+    return alike and same_layout(u, p)
+
+
+def _memory(x: Tensor) -> int:
+    """Where a tensor lies, or the piece of it that is here."""
+    return local(x).untyped_storage().data_ptr()
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy the second of each pair into the first."""
-    into, of = [x for x, _ in pairs], [x for _, x in pairs]
+    into, of = [local(x) for x, _ in pairs], [local(placed_as(x, old)) for old, x in pairs]
     if pairs:
         torch._foreach_copy_(into, of)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
