@@ -12,9 +12,11 @@ about the speed of ``torch.rand``. (Plain ``torch.compile`` of torch 2.13 takes 
 
 Reference:
     Salmon, Moraes, Dror and Shaw, `Parallel Random Numbers: As Easy as 1, 2, 3 <https://doi.org/10.1145/2063384.2063405>`_, 2011,
-    section 4.2 (Threefry, here 2 x 32 bits, 20 rounds).
+    section 4.2 (Threefry, here 2 x 32 bits, 20 rounds). Giles, `Approximating the erfinv Function
+    <https://people.maths.ox.ac.uk/gilesm/files/gems_erfinv.pdf>`_, 2011 (normal numbers, but for float64).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -29,7 +31,7 @@ __all__ = ["bits", "fold_in", "key", "normal", "permutation", "rademacher", "spl
 Part: TypeAlias = Sequence[slice] | None
 """A slice for each dimension, of those numbers alone; None for all."""
 
-_WORD = 0xFFFFFFFF
+_WORD, _SIGN = 0xFFFFFFFF, 0x80000000
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -90,7 +92,8 @@ def split(key: Tensor, num: int | tuple[int, ...] = 2) -> Tensor:
         >>> first
         tensor([3625411723, 1954958720])
     """
-    return torch.stack(_words(key, (num,) if isinstance(num, int) else tuple(num), None), -1)
+    first, second = _words(key, (num,) if isinstance(num, int) else tuple(num), None)
+    return torch.stack([_number(first), _number(second)], -1)
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -105,8 +108,9 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         tensor([ 276534068, 1641862660])
     """
     _check(key)
-    count = torch.as_tensor(data, dtype=torch.int64, device=key.device) & _WORD
-    return torch.stack(_threefry(key, torch.zeros_like(count), count), -1)
+    count = _word(torch.as_tensor(data, dtype=torch.int64, device=key.device))
+    first, second = _threefry(key, torch.zeros_like(count), count)
+    return torch.stack([_number(first), _number(second)], -1)
 
 
 def bits(key: Tensor, shape: Sequence[int] = (), width: int = 32, *, part: Part = None) -> Tensor:
@@ -131,7 +135,7 @@ def bits(key: Tensor, shape: Sequence[int] = (), width: int = 32, *, part: Part 
     if width not in (8, 16, 32, 64):
         raise ValueError(f"width must be 8, 16, 32 or 64, got {width!r}")
     high, low = _words(key, shape, part)
-    return high << 32 | low if width == 64 else (high ^ low) & ((1 << width) - 1)
+    return _number(high) << 32 | _number(low) if width == 64 else _number(high ^ low) & ((1 << width) - 1)
 
 
 def uniform(
@@ -182,7 +186,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
         parts = (normal(k, shape, real_dtype(dtype), part=part) / math.sqrt(2) for k in split(key).unbind())
         return torch.complex(*parts)
     lowest = -1 + _floating(dtype).eps / 2  # the number after -1
-    return math.sqrt(2) * torch.erfinv(uniform(key, shape, dtype, lowest, 1.0, part=part))
+    return math.sqrt(2) * _erfinv(uniform(key, shape, dtype, lowest, 1.0, part=part))
 
 
 def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.int64, *, part: Part = None) -> Tensor:
@@ -198,7 +202,8 @@ def rademacher(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torc
         >>> rademacher(key(7), (3,))
         tensor([-1, -1,  1])
     """
-    return (1 - 2 * (bits(key, shape, part=part) >> 31)).to(dtype)
+    high, low = _words(key, shape, part)
+    return (((high ^ low) >> 31) * 2 + 1).to(dtype)  # a shift of the sign gives -1 or 0
 
 
 def permutation(key: Tensor, x: int | Tensor, dim: int = 0) -> Tensor:
@@ -229,10 +234,10 @@ def _fraction(key: Tensor, shape: Sequence[int], dtype: torch.dtype, part: Part)
     digits = -round(math.log2(info.eps))
     high, low = _words(key, shape, part)
     if info.bits == 64:
-        mantissa = high << 20 | low >> 12
+        mantissa = _number(high) << 20 | _number(low) >> 12
     else:
         width = info.bits if digits >= 8 else 8
-        mantissa = ((high ^ low) & ((1 << width) - 1)) >> (width - digits)
+        mantissa = (high ^ low) >> (width - digits) & ((1 << digits) - 1)
     return mantissa.to(dtype) * info.eps
 
 
@@ -242,41 +247,94 @@ def _floating(dtype: torch.dtype) -> torch.finfo:
     return torch.finfo(dtype)
 
 
+# Of w - 2.5 where w < 5, else of sqrt(w) - 3 (Giles, in single precision), the highest power first.
+_CENTRAL = (
+    2.81022636e-08,
+    3.43273939e-07,
+    -3.5233877e-06,
+    -4.39150654e-06,
+    0.00021858087,
+    -0.00125372503,
+    -0.00417768164,
+    0.246640727,
+    1.50140941,
+)
+_TAIL = (
+    -0.000200214257,
+    0.000100950558,
+    0.00134934322,
+    -0.00367342844,
+    0.00573950773,
+    -0.0076224613,
+    0.00943887047,
+    1.00167406,
+    2.83297682,
+)
+
+
+def _erfinv(x: Tensor) -> Tensor:
+    """The inverse error function within (-1, 1): in float32 by polynomials, as in JAX, since torch's is not made for vectors."""
+    if x.dtype == torch.float64:
+        return torch.erfinv(x)
+    wide = x.float()
+    w = -torch.log((1 - wide) * (1 + wide))  # log1p(-x**2) would have the rounding of the square, 1e-5 in the tails
+    central = w < 5
+    at = torch.where(central, w - 2.5, w.sqrt() - 3)
+    result = torch.where(central, _CENTRAL[0], _TAIL[0])
+    for near, far in zip(_CENTRAL[1:], _TAIL[1:], strict=True):
+        result = torch.where(central, near, far) + result * at
+    return (result * wide).to(x.dtype)
+
+
 def _words(key: Tensor, shape: Sequence[int], part: Part) -> tuple[Tensor, Tensor]:
-    """The two words of each entry of a tensor of this shape, whose counter is its position."""
+    """The two words of each entry of a tensor of this shape, whose counter is its position; as :func:`_threefry` gives them."""
     _check(key)
     given: Any = shape
     if not isinstance(given, Sequence):
         raise TypeError(f"shape must be a tuple of ints, as (2,), got {given!r}")
-    position = _positions(tuple(shape), part, key.device)
-    high = position >> 32 if math.prod(shape) > _WORD else torch.zeros((), dtype=torch.int64, device=key.device)
-    first, second = _threefry(key, high, position & _WORD)
-    return first, second
+    high, low = _positions(tuple(given), part, key.device)
+    return _threefry(key, high, low)
 
 
-def _positions(shape: tuple[int, ...], part: Part, device: torch.device) -> Tensor:
+def _positions(shape: tuple[int, ...], part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
+    """High and low word of positions."""
+    small = math.prod(shape) <= 2**31
+    count = functools.partial(torch.arange, dtype=torch.int32 if small else torch.int64, device=device)
     if part is None:
-        return torch.arange(math.prod(shape), device=device).reshape(shape)
-    if len(part) != len(shape):
+        position = count(math.prod(shape)).reshape(shape)
+    elif len(part) != len(shape):
         raise ValueError(f"part must have a slice for each of the {len(shape)} dimensions, got {len(part)}")
-    position = torch.zeros((), dtype=torch.int64, device=device)
-    for size, wanted in zip(shape, part, strict=True):
-        position = position[..., None] * size + torch.arange(*wanted.indices(size), device=device)
-    return position
+    else:
+        position = count(1)[0]
+        for size, wanted in zip(shape, part, strict=True):
+            position = position[..., None] * size + count(*wanted.indices(size))
+    if small:
+        return torch.zeros((), dtype=torch.int32, device=device), position
+    return _word(position >> 32), _word(position)
+
+
+def _word(x: Tensor) -> Tensor:
+    """The low 32 bits of integers, as int32 has them."""
+    return ((x & _WORD ^ _SIGN) - _SIGN).to(torch.int32)
+
+
+def _number(word: Tensor) -> Tensor:
+    """What 32 bits are without a sign, in int64."""
+    return word.to(torch.int64) & _WORD
 
 
 def _threefry(key: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """Threefry 2x32 of counters, in int64. Only what is rotated has to be cut to 32 bits; a sum of 25 words fits."""
-    k0, k1 = key.unbind()
+    """Threefry 2x32 of counters. Words are int32, whose sums wrap around: a vector register holds twice as many as of int64."""
+    k0, k1 = _word(key).unbind()
     keys = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
-    x0, x1 = x0 + k0, (x1 + k1) & _WORD
+    x0, x1 = x0 + k0, x1 + k1
     for i in range(5):
         for r in _ROTATIONS[i % 2]:
             x0 = x0 + x1
-            x1 = (x0 ^ (x1 << r | x1 >> (32 - r))) & _WORD
+            x1 = x0 ^ (x1 << r | x1 >> (32 - r) & ((1 << r) - 1))  # the shift to the right copies the sign
         x0 = x0 + keys[(i + 1) % 3]
-        x1 = (x1 + keys[(i + 2) % 3] + (i + 1)) & _WORD
-    return x0 & _WORD, x1
+        x1 = x1 + (keys[(i + 2) % 3] + (i + 1))
+    return x0, x1
 
 
 def _check(key: Any) -> None:

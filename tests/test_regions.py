@@ -371,6 +371,87 @@ def test_values_between_regions_are_freed_when_they_have_been_read() -> None:
     assert not any(isinstance(x, Tensor) for i, x in enumerate(values) if i not in call.program.results and i >= len(tensors))
 
 
+LOSS = {"value": torch.tensor(0.7)}
+TWO_PASSES: dict[str, tuple[optfn.GradientTransformation, dict[str, Tensor]]] = {
+    "lamb": (optfn.lamb(0.1, weight_decay=0.1), {}),
+    "fromage": (optfn.fromage(0.1), {}),
+    "adafactor": (optfn.adafactor(0.1), {}),
+    "dog": (optfn.dog(), {}),
+    "prodigy": (optfn.prodigy(), {}),
+    "momo": (optfn.momo(0.1, weight_decay=0.1), LOSS),
+    "momo_adam": (optfn.momo_adam(0.1), LOSS),
+    "clipped after Adam": (optfn.chain(optfn.scale_by_adam(), optfn.clip_by_global_norm(0.1), optfn.scale(-0.1)), {}),
+}
+
+
+@pytest.mark.parametrize("name", TWO_PASSES)
+def test_what_two_passes_need_is_not_kept_between_them(name: str) -> None:
+    """No region gives a tensor of a leaf's size: it is written where it belongs, or made again. Each leaf is gone over twice."""
+    tx, extra = TWO_PASSES[name]
+    params = {str(i): torch.randn(40, 50, dtype=torch.float64) for i in range(3)}
+
+    def step(params: Any, state: Any, grads: Any, extra: Any) -> Any:
+        updates, state = tx.update(grads, state, params, **extra)
+        return optfn.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    wanted = copies((params, state))
+    with interpreted() as graphs:
+        compiled = optfn.compile(step, donate=("params", "state"))
+        for _ in range(3):
+            grads = optfn.tree.map(torch.randn_like, params)
+            wanted = step(*wanted, grads, extra)
+            params, state = compiled(params, state, grads, extra)
+            same((params, state), wanted)
+    given = [n.meta["val"].numel() for graph in graphs for n in graph.nodes if n.op == "output" for n in n.all_input_nodes]
+    assert max(given) <= 50
+    assert sum(any(is_large_write(n) for n in graph.nodes) for graph in graphs) <= 2
+
+
+def is_large_write(n: torch.fx.Node) -> bool:
+    return n.target is torch.ops.aten.copy_.default and n.all_input_nodes[0].meta["val"].numel() >= 2000
+
+
+def test_what_is_read_later_is_written_later() -> None:
+    """The new ``a`` is there before the sum; the old one is needed after it."""
+
+    def fn(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        new = a * b.sin() + 1
+        return new, b + a.cos() * new.sum()
+
+    with interpreted():
+        a, b = torch.randn(2, 40, 50, dtype=torch.float64).unbind()
+        a, b = a.clone(), b.clone()
+        wanted = fn(a.clone(), b.clone())
+        same(optfn.compile(fn, donate=("a", "b"))(a, b), wanted)
+
+
+def test_what_fails_between_two_passes_leaves_the_arguments() -> None:
+    def fn(a: Tensor) -> Tensor:
+        new = a * 2
+        return new / torch.linalg.inv(torch.eye(2, dtype=a.dtype) * (new.sum() > 0)).sum()
+
+    with interpreted():
+        step = optfn.compile(fn, donate="a")
+        a = torch.ones(40, 50, dtype=torch.float64)
+        same(step(a), fn(torch.ones_like(a)))
+        a = -torch.ones(40, 50, dtype=torch.float64)
+        with pytest.raises(RuntimeError):
+            step(a)
+        assert torch.equal(a, -torch.ones_like(a))
+
+
+def test_what_is_dear_is_made_once() -> None:
+    """Random numbers that two passes need are kept: to make them again takes longer."""
+    tx = optfn.chain(optfn.add_noise(0.1, 0.5, 0), optfn.clip_by_global_norm(0.1))
+    params = {str(i): torch.randn(40, 50) for i in range(2)}
+    with interpreted() as graphs:
+        optfn.compile(step_of(tx), donate=("params", "state"))(copies(params), tx.init(params), copies(params))
+    assert (
+        sum(any(n.target is torch.ops.aten.log.default and n.meta["val"].ndim == 2 for n in graph.nodes) for graph in graphs) == 1
+    )
+
+
 def test_small_leaves_share_calls() -> None:
     params = {str(i): torch.randn(100, 50) for i in range(20)}
     tx = optfn.adamw()

@@ -102,7 +102,7 @@ def test_operations_of_a_leaf(name: str, record_property: Callable[[str, object]
 
 # Operators that a step of a TorchOptimizer calls for a leaf at most, those that torch makes of others among them; the parts of
 # the scalars, select and as_strided, and its copies into the state are not counted.
-STEPS = {
+STEPS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "sgd": (optfn.sgd, {"lr": 0.1}, 2),
     "sgd, momentum": (optfn.sgd, {"lr": 0.1, "momentum": 0.9}, 3),
     "adam": (optfn.adam, {}, 9),

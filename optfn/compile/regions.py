@@ -6,7 +6,8 @@ that this shows:
 1. *Scalars* (counts, bias corrections, norms, a rate) are computed apart from *tensors*. Compiled with the tensors, a scalar that
    every leaf reads is computed anew for every vector of every leaf, and makes the search for what to fuse quadratic.
 2. Scalars and tensors alternate in *phases*: the norms of all gradients, the factor that they give, the updates. A tensor node is
-   put in the latest phase that its users allow: put early, values would be written out to be read back.
+   put in the latest phase that its users allow: put early, values would be written out to be read back. What would still have to
+   be is written early to where it belongs, or computed twice (:mod:`optfn.compile.crossings`).
 3. The tensor nodes of a phase fall into connected components, one a leaf where a rule is elementwise. Equal ones are dealt into
    equal *regions*, and each distinct region is compiled once.
 4. What may fail is called, not generated, and all of it before anything is written (:mod:`optfn.compile.failing`).
@@ -25,6 +26,7 @@ from torch.fx import Graph, Node
 
 from optfn.compile.branches import take_branches
 from optfn.compile.costs import Work, not_worth, work_of
+from optfn.compile.crossings import read_less
 from optfn.compile.failing import check_indices
 from optfn.compile.internals import KEEPS_ORDER, is_computed
 from optfn.compile.phases import Phases, connected, is_write, phases_of
@@ -104,7 +106,9 @@ def split(graph: Graph, compile_regions: CompileRegions) -> Program:
         n.meta.setdefault("val", None)  # a check gives nothing
     check_indices(graph)
     take_branches(graph)
-    return _Splitter(*together(graph, phases_of(graph))).program(compile_regions)
+    phases = phases_of(graph)
+    read_less(graph, phases)
+    return _Splitter(*together(graph, phases)).program(compile_regions)
 
 
 class _Splitter:
@@ -116,6 +120,7 @@ class _Splitter:
         self.live = self.needed(nodes)
         self.slots = {n: i for i, n in enumerate(n for n in nodes if n.op == "placeholder")}
         self.size = len(self.slots)
+        self.slots.update({n: self.slots[n.all_input_nodes[0]] for n in nodes if is_write(n)})  # what is read after it
         self.by_phase: dict[int, list[Node]] = collections.defaultdict(list)
         for n in nodes:
             if n in self.live and self.kind.get(n) in ("called", "tensor", "scalar"):
@@ -251,7 +256,7 @@ class _Splitter:
         results, packed, key = [], [], []
         for n in nodes:
             users = [u for u in n.users if u in self.live and u not in inside]
-            given = n in self.given or any(self.kind.get(u) != "pack" for u in users)
+            given = not is_write(n) and (n in self.given or any(self.kind.get(u) != "pack" for u in users))
             if given:
                 results.append(n)
             if n in self.pack_of:

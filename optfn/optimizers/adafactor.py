@@ -83,7 +83,7 @@ def scale_by_factored_rms(beta2_decay: Scalar = -0.8, eps: Scalar | None = None)
             new = FactoredSlots(v=v)
         else:
             row, col = lerp(slots.v_row, mean(square, -1), weight), lerp(slots.v_col, mean(square, -2), weight)
-            v, new = row @ col / mean(row, -2).clamp_min(floor), FactoredSlots(row, col)
+            v, new = row * col / mean(row, -2).clamp_min(floor), FactoredSlots(row, col)
         return g * v.clamp_min(floor * floor).rsqrt(), new
 
     return leafwise(init, update, at_step=lambda step: step**c, complex_="error")
