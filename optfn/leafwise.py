@@ -16,7 +16,7 @@ from optfn import tree
 from optfn.checks import check_no_state, check_state, not_its_state, require, rule_name
 from optfn.core import GradientTransformation, on_devices, transformation
 from optfn.numerics import as_complex, as_real, compute_dtype, norm, real_dtype
-from optfn.sharding import cut, is_sharded, like, local, whole
+from optfn.sharding import cut, is_sharded, like, local, same_layout, whole
 from optfn.sweep import Each, Extent, Leaves, Needs, Owners, Sweep, as_pieces, joint_totals, swept
 
 __all__ = [
@@ -603,8 +603,12 @@ class _Pass:
         """The slots of a leaf as this process has them."""
         home: Any = (self.leaves.homes or ())[i]
         for x in slots:
-            if is_sharded(x) and not is_sharded(home):
-                said = "the state lies on several processes, the leaf does not"
+            if (
+                is_sharded(x)
+                and (self.leaves.owners[i] is not None or self.leaves.grads[i] is not None)
+                and not same_layout(x, home)
+            ):
+                said = "the state does not lie on the processes as the leaf does: give update the params that init was given"
                 raise ValueError(f"{_where(self.lift.rule, self.leaves.updates, i)}: {said}")
         return slots if type(slots) is tuple else slots._make([local(x) for x in slots])
 

@@ -53,8 +53,20 @@ def is_sharded(x: Any) -> bool:
 
 
 def local(x: Any) -> Any:
-    """The piece of this process; anything else as it is."""
-    return x.to_local() if is_sharded(x) else x
+    """The piece of this process; anything else as it is. A sum over processes that is still to be made is made."""
+    if not is_sharded(x):
+        return x
+    placements = _settled(x)
+    return x.to_local() if placements is x.placements else x.redistribute(placements=placements).to_local()
+
+
+def _settled(x: Any) -> tuple[Any, ...]:
+    """The placements of a tensor once its sums over processes are made: then all of them have the total."""
+    if not any(p.is_partial() for p in x.placements):
+        return x.placements
+    from torch.distributed.tensor import Replicate
+
+    return tuple(Replicate() if p.is_partial() else p for p in x.placements)
 
 
 def whole(x: Any) -> Any:
@@ -67,9 +79,9 @@ def like(piece: Any, home: Any) -> Any:
     if not is_sharded(home) or not isinstance(piece, Tensor):
         return piece
     recorded = torch.is_grad_enabled() and piece.requires_grad
-    if piece.dtype == home.dtype and not recorded and not torch.compiler.is_compiling():
+    mesh, placements = home.device_mesh, _settled(home)
+    if placements is home.placements and piece.dtype == home.dtype and not recorded and not torch.compiler.is_compiling():
         return type(home)(piece, home._spec, requires_grad=False)  # a tenth of the time of from_local
-    mesh, placements = home.device_mesh, home.placements
     return type(home).from_local(piece, mesh, placements, run_check=False, shape=home.shape, stride=home.stride())
 
 
@@ -91,7 +103,7 @@ def placed_as(x: Any, home: Any) -> Any:
         return x
     sharded: Any = x
     if is_sharded(x) and sharded.device_mesh == home.device_mesh:
-        return sharded.redistribute(placements=home.placements)
+        return sharded.redistribute(placements=_settled(home))
     return cut(whole(x), home)
 
 
@@ -204,32 +216,32 @@ class Mesh(NamedTuple):
     coordinates: tuple[tuple[int, ...], ...]  # of each process of the group in the mesh
 
 
-@functools.cache
 def _mesh(mesh: Any) -> Mesh:
+    return _mesh_of(mesh, torch.distributed.group.WORLD)  # another one when processes are joined anew
+
+
+@functools.cache
+def _mesh_of(mesh: Any, world: Any) -> Mesh:
     distributed: Any = torch.distributed
     ranks = mesh.mesh.flatten().tolist()
     if mesh.ndim == 1:
         group = mesh.get_group()
     elif sorted(ranks) == [*range(distributed.get_world_size())]:
-        group = distributed.group.WORLD
+        group = world
     else:
-        group = _joined(tuple(sorted(ranks)))
+        group = _joined(tuple(sorted(ranks)), world)
     order = distributed.get_process_group_ranks(group)
     places = {rank: tuple((mesh.mesh == rank).nonzero()[0].tolist()) for rank in ranks}
     return Mesh(group, len(order), order.index(distributed.get_rank()), tuple(places[rank] for rank in order))
 
 
 @functools.cache
-def _joined(ranks: tuple[int, ...]) -> Any:
+def _joined(ranks: tuple[int, ...], world: Any) -> Any:
     return torch.distributed.new_group([*ranks], use_local_synchronization=True)
 
 
 def group_of(homes: Iterable[Any]) -> Any:
-    """The group of all processes on which these tensors have pieces.
-
-    Raises:
-        ValueError: no mesh among theirs has all of them.
-    """
+    """The group of all processes on which these tensors have pieces."""
     meshes = {h.device_mesh: None for h in homes}
     largest = max(meshes, key=lambda mesh: mesh.size())
     if len(meshes) == 1:
@@ -238,15 +250,14 @@ def group_of(homes: Iterable[Any]) -> Any:
     if all(processes.issuperset(mesh.mesh.flatten().tolist()) for mesh in meshes):
         return _mesh(largest).group
     everybody = {rank for mesh in meshes for rank in mesh._get_root_mesh().mesh.flatten().tolist()}
-    if len(everybody) == torch.distributed.get_world_size():
-        return torch.distributed.group.WORLD
-    return _joined(tuple(sorted(everybody)))
+    world = torch.distributed.group.WORLD
+    return world if len(everybody) == torch.distributed.get_world_size() else _joined(tuple(sorted(everybody)), world)
 
 
 def replicas(home: Any, group: Any) -> int:
     """How many processes of a group have each piece of a tensor."""
     size = len(torch.distributed.get_process_group_ranks(group))
-    distinct = math.prod(home.device_mesh.size(d) for d, p in enumerate(home.placements) if not p.is_replicate())
+    distinct = math.prod(home.device_mesh.size(d) for d, p in enumerate(_settled(home)) if not p.is_replicate())
     return size // distinct
 
 
@@ -254,38 +265,37 @@ def replicas(home: Any, group: Any) -> int:
 
 
 Indices = tuple[Any, ...]
-"""Of one piece: for each dimension of the whole tensor a slice, or a list of indices."""
+"""Of one piece: for each dimension of the whole tensor a slice, or a tuple of indices."""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _pieces(spec: Any) -> tuple[Indices, ...]:
     """Where the piece of each process of the mesh's group lies in the whole tensor."""
     return tuple(_indices(spec, coordinate) for coordinate in _mesh(spec.mesh).coordinates)
 
 
 def _indices(spec: Any, coordinate: tuple[int, ...]) -> Indices:
-    axes = [[*range(n)] for n in spec.shape]
+    axes: list[Sequence[int]] = [range(n) for n in spec.shape]
     for d, placement in enumerate(spec.placements):
-        if placement.is_partial():
-            raise ValueError(f"a tensor that is a sum over processes has no pieces, got placements {spec.placements}")
-        if placement.is_replicate():
+        if placement.is_replicate() or placement.is_partial():
             continue
         # FSDP2 cuts what tensor parallelism has cut before, though its dimension of the mesh comes first.
         before = _chunks(axes[placement.dim], getattr(placement, "split_factor", 1))
         mine = [_chunks(part, spec.mesh.size(d))[coordinate[d]] for part in before]
-        axes[placement.dim] = [i for part in mine for i in part]
+        axes[placement.dim] = mine[0] if len(mine) == 1 else [i for part in mine for i in part]
     return tuple(map(_as_slice, axes))
 
 
-def _chunks(x: list[int], count: int) -> list[list[int]]:
+def _chunks(x: Sequence[int], count: int) -> list[Sequence[int]]:
     """As :func:`torch.chunk`, with empty ones at the end so that there are ``count``."""
     size = -(-len(x) // count)
     return [x[k * size : (k + 1) * size] for k in range(count)]
 
 
-def _as_slice(indices: list[int]) -> Any:
-    start = indices[0] if indices else 0
-    return slice(start, start + len(indices)) if indices == [*range(start, start + len(indices))] else tuple(indices)
+def _as_slice(indices: Sequence[int]) -> Any:
+    start = indices[0] if len(indices) else 0
+    span = range(start, start + len(indices))
+    return slice(span.start, span.stop) if isinstance(indices, range) or indices == [*span] else tuple(indices)
 
 
 def rows_of(home: Any) -> Indices:
@@ -344,8 +354,8 @@ class Plan(NamedTuple):
     senders: tuple[frozenset[int], ...]
 
 
-@functools.cache
-def _plan(specs: tuple[Any, ...]) -> Plan:
+@functools.lru_cache(maxsize=256)
+def _plan(specs: tuple[Any, ...], world: Any) -> Plan:
     mesh = _mesh(specs[0].mesh)
     load, owners = [0.0] * mesh.size, [0] * len(specs)
     costs = [_cost(tuple(spec.shape)) for spec in specs]
@@ -376,7 +386,7 @@ class Exchange:
 
     def __init__(self, homes: Sequence[Any]) -> None:
         self.homes = homes
-        self.plan = _plan(tuple(h._spec for h in homes))
+        self.plan = _plan(tuple(h._spec for h in homes), torch.distributed.group.WORLD)
         self.owned = [owner == self.plan.mesh.rank for owner in self.plan.owners]
 
     def to_owners(self, items: Sequence[tuple[int, Tensor]]) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from meshes import LAYOUTS, SHAPES, distributed, full_grads, full_params, layout_of, whole
 from processes import on_processes
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import optfn
@@ -228,6 +228,24 @@ def test_a_torch_optimizer_of_a_sharded_model_is_that_of_one_process() -> None:
     """fully_shard, a scheduler, and torch's own functions for checkpoints of optimizers."""
     for found in on_processes(all_trained, 4):
         assert {name: x for name, x in found.items() if not x <= 1e-10} == {}
+
+
+def of_partial_sums() -> None:
+    """Gradients that are still to be summed over processes, as they are for what tensor parallelism repeats."""
+    lay = distributed("fsdp")
+    params, tx = lay(full_params()), WRAPPERS["clip"]()
+    mesh = params["w"].device_mesh
+    parts = {name: DTensor.from_local(x / 4, mesh, [Partial()]) for name, x in full_grads(0).items()}
+    updates, state = tx.update(parts, tx.init(params), params)
+    wanted, expected = tx.update(full_grads(0), tx.init(full_params()), full_params())
+    assert difference((wanted, expected), (updates, state)) <= 1e-12
+    with pytest.raises(ValueError, match="scale_by_adam: 'b': the state does not lie on the processes as the leaf does"):
+        optfn.scale_by_adam().update(parts, optfn.scale_by_adam().init(params))
+    assert difference(optfn.tree.sum(full_grads(0)), optfn.tree.sum(parts)) <= 1e-12
+
+
+def test_sums_that_are_still_to_be_made_are_made() -> None:
+    on_processes(of_partial_sums, 4)
 
 
 # What is communicated
