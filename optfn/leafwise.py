@@ -356,7 +356,8 @@ def stateless_with_tree_map(
 
     Args:
         f: called for every update that is not None; ``p`` is None where no params are given.
-        once: what is computed once for all leaves of a dtype, and handed to ``f`` after ``p``: called with that dtype.
+        once: what is computed once for all leaves of a dtype, and handed to ``f`` after ``p``: ``once(dtype)``, with the real
+            dtype that ``f`` computes in.
         elementwise: whether an entry of the result depends on that entry alone.
         norms: with ``elementwise=False``, as in :func:`leafwise`: ``f(g, p, extents)`` depends on these besides.
         needs_params: whether ``f`` reads ``p``.

@@ -86,7 +86,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         params: tensors, ``(name, tensor)`` pairs, or dicts of these with options: what every optimizer of torch takes.
         tx: a function that returns a transformation, such as :func:`adamw` or your own, or a transformation.
         compile: whether to compile the step, with the parameters and the state donated, by :func:`optfn.compile`. The first
-            step takes its time, and the first with other gradients None; after the eighth such pattern new ones run eagerly.
+            step takes its time, and the first with other gradients None; after the eighth such pattern new ones run eagerly. It is
+            worth that in a long run with many parameters or small ones, where an eager step, a loop over the parameters as torch's
+            is, takes a visible part of the time (for 100 small ones 1.5 times as long as torch's Adam, compiled an eighth).
         backend: a backend of :func:`torch.compile`.
         process_group: the processes that train the same parameters (``torch.distributed.group.WORLD`` under
             ``DistributedDataParallel``), or ``"self"`` where each trains its own.
