@@ -468,6 +468,8 @@ class _Calls:
         arguments = self.signature.bind(*args, **kwargs).arguments
         donated = {id(x) for name in self.names if name in arguments for x in tree.leaves(arguments[name])}
         with self.lock, internals.compiling():
+            if (found := self.find(args, kwargs)) is not None:  # another thread has learnt it while this one waited
+                return found
             leaves: list[Any] = []
             try:
                 structure = Structure(given, leaves)
