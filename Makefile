@@ -42,7 +42,7 @@ docs: $(VENV)/dev.installed ## the documentation, to docs/_build/html
 $(VENV)/%.installed: pyproject.toml requirements.lock | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock torch
 	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock --editable '.[$*]'
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true # some files of packages are templates, and no Python
+	$(BIN)/python -m compileall -q -j 0 -x 'site-packages/.*/tests/' $(VENV)/lib >/dev/null || true # some files of packages are templates, and no Python
 	touch $@
 
 $(VENV)/bin/python:
