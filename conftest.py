@@ -1,6 +1,7 @@
 """Names that the examples in docstrings use, and what tests count, printed at the end of a run."""
 
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,14 @@ import optfn
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the tests."""
     parser.addoption("--generated", type=int, default=16, help="of the fixed cases of the fuzzer, how many are compiled to code")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _guards_are_not_timed() -> Iterator[None]:
+    # Dynamo flushes the processor's caches to time its guards, for a log: it takes longer than a small function takes to trace.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)

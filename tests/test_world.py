@@ -1717,8 +1717,6 @@ def differ(a: Any, b: Any) -> bool:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without code generation: regions are interpreted, and graphs of Dynamo's are run as they are."""
     monkeypatch.setattr(internals, "compile_with_inductor", lambda graph, *_: graph)
-    # Dynamo flushes the processor's caches to measure its guards, which takes half of the time of tracing.
-    monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)
     with interpreted():
         yield
 
