@@ -235,7 +235,8 @@ def _rehearse(links: tuple[Sweep, ...], leaves: Leaves, grads: list[Any]) -> Non
         keepers = [link.slots for link in links if link.slots is not None]
         before = [keeper.now[i] for keeper in keepers]
         x = torch.empty(homes[i].shape, dtype=g.dtype, device="meta")
-        p = None if leaves.params is None else torch.empty(homes[i].shape, dtype=leaves.owners[i].dtype, device="meta")
+        owner = leaves.owners[i]
+        p = None if owner is None else torch.empty(homes[i].shape, dtype=owner.dtype, device="meta")
         try:
             for keeper, slots in zip(keepers, before, strict=True):
                 whole_slots = [_empty(here, home) for here, home in zip(slots, keeper.homes[i], strict=True)]

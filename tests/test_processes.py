@@ -4,7 +4,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -96,6 +96,32 @@ WRAPPERS: dict[str, Callable[[], optfn.GradientTransformation]] = {
         optfn.leafwise(lambda p: (), lambda g, slots, p, step: (g * p.sum(), slots)), optfn.sgd(0.1)
     ),
 }
+
+
+class Largest(NamedTuple):
+    """The sum of the largest entries."""
+
+    total: Any
+
+
+def by_the_largest_entries() -> optfn.GradientTransformation:
+    """A coupled rule that declares nothing: what a leaf adds is no sum over its entries."""
+
+    def measure(g: Tensor, slots: Any, p: Tensor, step: Tensor, shared: Largest) -> tuple[tuple[Tensor], Any]:
+        mu = torch.lerp(slots.mu, g, 0.5)
+        return (mu.abs().max() + p.max(),), optfn.LionSlots(mu)
+
+    def update(g: Tensor, slots: Any, p: Tensor, step: Tensor, shared: Largest) -> tuple[Tensor, Any]:
+        return -0.1 * slots.mu / shared.total, slots
+
+    init = lambda p: optfn.LionSlots(torch.zeros_like(p))  # noqa: E731
+    return optfn.coupled(init, measure, lambda shared, sums: Largest(sums[0].abs() + 1), update, shared=Largest(0.0))
+
+
+WRAPPERS["coupled, of whole leaves"] = by_the_largest_entries
+WRAPPERS["coupled, of one leaf, which three processes do not own"] = lambda: optfn.masked(
+    by_the_largest_entries(), lambda path, p: path == "w"
+)
 
 EXTRA = {"momo", "momo_adam", "polyak_sgd", "reduce_on_plateau"}
 ALL = {**aliases(), **WRAPPERS}
