@@ -242,5 +242,5 @@ def test_errors() -> None:
             optfn.minimize(quadratic, START, optfn.sgd(0.1), **options)
     with pytest.raises(ValueError, match=r"the value must be a 0-dim tensor, got shape \(3,\)"):
         optfn.minimize(lambda x: (x, x), START, optfn.sgd(0.1), value_and_grad=True)
-    with pytest.raises(RuntimeError, match="scalar"):
+    with pytest.raises(ValueError, match=r"must give a 0-dim tensor, got shape \(3,\): its mean or its sum, say"):
         optfn.minimize(lambda x: x, START, optfn.sgd(0.1))
