@@ -204,8 +204,10 @@ def joint_totals(
     size = len(torch.distributed.get_process_group_ranks(group))
 
     def parts(i: int) -> int:
-        """How many processes add the same."""
-        return size if not is_sharded(homes[i]) else 1 if owners else replicas(homes[i], group)
+        """How many processes add the same; a leaf has an owner on each of the meshes like its own that the group is made of."""
+        if not is_sharded(homes[i]):
+            return size
+        return size // homes[i].device_mesh.size() if owners else replicas(homes[i], group)
 
     device = sharded[0].device
     total = torch.zeros(count, dtype=widened_scalar(torch.zeros((), device=device)).dtype, device=device)
