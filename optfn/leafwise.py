@@ -533,13 +533,10 @@ class _Lift(NamedTuple):
         def norms(i: int, g: Tensor, p: Tensor | None) -> tuple[Tensor, ...]:
             values, _ = self.values(leaves, i, g, p)
             dtype = _real_dtype(values, p)
-            return tuple(norm(x) for x in self.measured(_widened(values, dtype), _widened(p, dtype)))
+            return tuple(extent.norm for extent in self.extents(_widened(values, dtype), _widened(p, dtype), None)[0])
 
         reads = self.needs_params or _reads(self.rule, 1 if slots is None else 2)
         return Sweep(each, end, self.needs, reads, None if self.norms is None else norms, slots, rule=self.rule)
-
-    def measured(self, g: Tensor, p: Any) -> tuple[Tensor, ...]:
-        return () if self.norms is None else self.norms(g, p)
 
     def extents(self, g: Tensor, p: Any, known: Any) -> tuple[Any, ...]:
         """What a rule that needs norms is handed besides: those that are known, or else those of what it is shown."""

@@ -116,11 +116,19 @@ def entrywise(f: Callable[..., Any], *tensors: Any) -> Any:
     """``f`` of the pieces, for a function of which each entry of the result depends on that entry alone; laid out as the first.
 
     Numbers and 0-dim tensors among the arguments belong to all entries.
+
+    Raises:
+        ValueError: a piece of the result has another shape, as what ``f`` knows besides was made for the whole tensor.
     """
     home = next((x for x in tensors if is_sharded(x)), None)
     if home is None:
         return f(*tensors)
-    return like(f(*(local(placed_as(x, home)) if is_sharded(x) or _fits(x, home) else x for x in tensors)), home)
+    pieces = [local(placed_as(x, home)) if is_sharded(x) or _fits(x, home) else x for x in tensors]
+    result, shape = f(*pieces), local(home).shape
+    if isinstance(result, Tensor) and result.shape != shape:
+        said = f"a piece of shape {tuple(shape)} became one of {tuple(result.shape)}"
+        raise ValueError(f"{said}: of tensors that lie on several processes only numbers and 0-dim tensors belong to all entries")
+    return like(result, home)
 
 
 def _fits(x: Any, home: Tensor) -> bool:

@@ -370,6 +370,9 @@ def all_refused() -> None:
     fast = optfn.compile(lambda params: optfn.tree.scale(0.5, params), donate="params")
     with pytest.raises(TypeError, match=r"donate: 'params\.b' lies on several processes, which a step that donates does not take"):
         fast(params)
+    wide = distribute_tensor(torch.ones(4, 7).double(), params["w"].device_mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"a piece of shape \(1, 7\) became one of \(4, 7\)"):
+        optfn.tree.where(torch.ones(4, 1, dtype=torch.bool), wide, wide)
     recorded = {name: x.detach().requires_grad_() for name, x in params.items()}
     with pytest.raises(RuntimeError, match="no derivative through what several processes compute together"):
         optfn.clip_by_global_norm(1.0).update(recorded, (), params)
