@@ -29,7 +29,7 @@ class Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.refused: str | None = None
-        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.requires_grad: dict[int, tuple[Tensor, bool]] = {}  # an id is that of one tensor for as long as the tensor lives
         self.known: dict[Any, bool] = {}
 
     def argument(self, traced: Tensor, given: Tensor) -> Tensor:
@@ -37,7 +37,8 @@ class Watch(TorchFunctionMode):
         traced.__class__ = _Argument
         traced._watch = self  # type: ignore[attr-defined]
         traced._is_param = isinstance(given, torch.nn.Parameter)  # type: ignore[attr-defined]
-        self.given[id(traced)] = traced, given
+        # Not the given tensor: what was traced is a cycle, and keeps all that it knows until the collector comes by.
+        self.requires_grad[id(traced)] = traced, given.requires_grad
         return traced
 
     def refuse(self, what: str) -> None:
@@ -52,8 +53,8 @@ class Watch(TorchFunctionMode):
         # The transforms of torch.func ask for more than the functions that they transform, of tensors of their own.
         if allowed or internals.is_of_transforms(sys._getframe(1)):  # pyright: ignore[reportPrivateUsage]
             return func(*args, **(kwargs or {}))
-        if internals.is_requires_grad(func) and id(args[0]) in self.given:
-            return self.given[id(args[0])][1].requires_grad
+        if internals.is_requires_grad(func) and id(args[0]) in self.requires_grad:
+            return self.requires_grad[id(args[0])][1]
         name = func.__self__.__name__ if getattr(func, "__name__", "") == "__get__" else getattr(func, "__name__", func)
         return self.refuse(f"{name} of a tensor is asked for")
 
