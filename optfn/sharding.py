@@ -4,6 +4,7 @@ A rule is never shown such a tensor: it sees the piece where entries are all tha
 is decided from global metadata, which is the same on all processes, so that none waits for another in vain.
 """
 
+import dataclasses
 import functools
 import math
 import sys
@@ -29,6 +30,7 @@ __all__ = [
     "like",
     "local",
     "numel",
+    "of_spec",
     "placed_as",
     "replicas",
     "rows_of",
@@ -57,7 +59,8 @@ def local(x: Any) -> Any:
     if not is_sharded(x):
         return x
     placements = _settled(x)
-    return x.to_local() if placements is x.placements else x.redistribute(placements=placements).to_local()
+    settled = x if placements is x.placements else x.redistribute(placements=placements)
+    return settled.to_local() if torch.is_grad_enabled() else settled._local_tensor
 
 
 def _settled(x: Any) -> tuple[Any, ...]:
@@ -78,11 +81,30 @@ def like(piece: Any, home: Any) -> Any:
     """A piece as a tensor that lies on the processes as ``home`` does; as it is where that is a plain one."""
     if not is_sharded(home) or not isinstance(piece, Tensor):
         return piece
-    recorded = torch.is_grad_enabled() and piece.requires_grad
-    mesh, placements = home.device_mesh, _settled(home)
-    if placements is home.placements and piece.dtype == home.dtype and not recorded and not torch.compiler.is_compiling():
-        return type(home)(piece, home._spec, requires_grad=False)  # a tenth of the time of from_local
-    return type(home).from_local(piece, mesh, placements, run_check=False, shape=home.shape, stride=home.stride())
+    if torch.is_grad_enabled() and piece.requires_grad:
+        placements = _settled(home)
+        return type(home).from_local(piece, home.device_mesh, placements, run_check=False, shape=home.shape, stride=home.stride())
+    return of_spec(piece, _spec_of(home._spec, piece.dtype))
+
+
+def of_spec(piece: Tensor, spec: Any) -> Any:
+    """A piece as a tensor that lies on the processes as a spec says; in a tenth of the time of ``from_local``."""
+    return sys.modules["torch.distributed.tensor"].DTensor(piece, spec, requires_grad=False)
+
+
+def _spec_of(spec: Any, dtype: torch.dtype) -> Any:
+    """The spec of a tensor of a dtype with its pieces where another one's are once its sums over processes are made."""
+    if spec.tensor_meta.dtype == dtype and not any(p.is_partial() for p in spec.placements):
+        return spec
+    return _changed_spec(spec, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _changed_spec(spec: Any, dtype: torch.dtype) -> Any:
+    from torch.distributed.tensor import Replicate
+
+    placements = tuple(Replicate() if p.is_partial() else p for p in spec.placements)
+    return dataclasses.replace(spec, placements=placements, tensor_meta=spec.tensor_meta._replace(dtype=dtype))
 
 
 def numel(x: Tensor) -> int:
@@ -197,9 +219,7 @@ def all_reduced(x: Tensor, group: Any, op: str = "sum") -> Tensor:
     """A tensor reduced over the processes of a group, as a new one; it can be traced."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(NO_DERIVATIVE)
-    import torch.distributed._functional_collectives as collectives
-
-    return _waited(collectives.all_reduce(x.detach(), op, group))
+    return _waited(torch.ops._c10d_functional.all_reduce.default(x.detach().contiguous(), op, group.group_name))
 
 
 NO_DERIVATIVE = (
@@ -208,8 +228,8 @@ NO_DERIVATIVE = (
 )
 
 
-def _waited(x: Any) -> Tensor:
-    return x.wait() if hasattr(x, "wait") else torch.ops._c10d_functional.wait_tensor(x)
+def _waited(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor.default(x)
 
 
 # Groups
@@ -231,7 +251,7 @@ def _mesh(mesh: Any) -> Mesh:
 @functools.cache
 def _mesh_of(mesh: Any, world: Any) -> Mesh:
     distributed: Any = torch.distributed
-    ranks = mesh.mesh.flatten().tolist()
+    ranks = _ranks(mesh)
     if mesh.ndim == 1:
         group = mesh.get_group()
     elif sorted(ranks) == [*range(distributed.get_world_size())]:
@@ -241,6 +261,11 @@ def _mesh_of(mesh: Any, world: Any) -> Mesh:
     order = distributed.get_process_group_ranks(group)
     places = {rank: tuple((mesh.mesh == rank).nonzero()[0].tolist()) for rank in ranks}
     return Mesh(group, len(order), order.index(distributed.get_rank()), tuple(places[rank] for rank in order))
+
+
+@functools.cache
+def _ranks(mesh: Any) -> tuple[int, ...]:
+    return tuple(mesh.mesh.flatten().tolist())
 
 
 @functools.cache
@@ -254,10 +279,10 @@ def group_of(homes: Iterable[Any]) -> Any:
     largest = max(meshes, key=lambda mesh: mesh.size())
     if len(meshes) == 1:
         return _mesh(largest).group
-    processes = {*largest.mesh.flatten().tolist()}
-    if all(processes.issuperset(mesh.mesh.flatten().tolist()) for mesh in meshes):
+    processes = {*_ranks(largest)}
+    if all(processes.issuperset(_ranks(mesh)) for mesh in meshes):
         return _mesh(largest).group
-    everybody = {rank for mesh in meshes for rank in mesh._get_root_mesh().mesh.flatten().tolist()}
+    everybody = {rank for mesh in meshes for rank in _ranks(mesh._get_root_mesh())}
     world = torch.distributed.group.WORLD
     return world if len(everybody) == torch.distributed.get_world_size() else _joined(tuple(sorted(everybody)), world)
 
@@ -436,8 +461,6 @@ class Exchange:
 
     def _swapped(self, sent: list[list[Tensor]], wanted: list[list[Tensor]], every: list[Tensor]) -> list[list[Tensor]]:
         """What each process has sent to this one: like ``wanted``. All of them see ``every`` kind of tensor that travels."""
-        import torch.distributed._functional_collectives as collectives
-
         if torch.is_grad_enabled() and any(x.requires_grad for part in (*sent, every) for x in part):
             raise RuntimeError(NO_DERIVATIVE)
         kinds = {real_dtype(x.dtype) for x in every}
@@ -454,7 +477,7 @@ class Exchange:
         device = self.homes[0].device
         packed = [flat(x) for part in sent for x in part]
         buffer = torch.cat(packed) if packed else torch.empty(0, dtype=torch.uint8 if raw else kinds.pop(), device=device)
-        came = _waited(collectives.all_to_all_single(buffer, back, there, self.plan.mesh.group))
+        came = _waited(torch.ops._c10d_functional.all_to_all_single.default(buffer, back, there, self.plan.mesh.group.group_name))
 
         def unpacked(x: Tensor, like: Tensor) -> Tensor:
             x = x.clone().view(real_dtype(like.dtype)) if raw else x

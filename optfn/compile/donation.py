@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.sharding import is_sharded
+from optfn.sharding import is_sharded, same_layout
 
 __all__ = ["Memory", "check_memory", "copy", "donated_arguments", "replacements"]
 
@@ -42,14 +42,12 @@ def check_memory(arguments: dict[str, Any], donated: set[str]) -> None:
         for i, x in enumerate(tree.flatten(argument)[0]):
             if x is None or (not given and (not isinstance(x, Tensor) or x.layout != torch.strided)):
                 continue
-            if is_sharded(x):
-                what = f"donate: {_path(name, argument, i)!r} lies on several processes, which a step that donates does not take"
-                raise TypeError(f"{what}: call the step itself, under torch.no_grad()")
             if not isinstance(x, Tensor) or x.layout != torch.strided:
                 kind = x.layout if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(f"donate: {_path(name, argument, i)!r} must be a dense tensor, got {kind}")
             if given and not _distinct(x):
                 raise ValueError(f"donate: {_path(name, argument, i)!r} is expanded: its entries share memory; donate x.clone()")
+            x = x._local_tensor if is_sharded(x) else x
             owner = (given, name, i)
             earlier = seen.setdefault(id(x), owner)
             if earlier is not owner and (given or earlier[0]):
@@ -100,7 +98,8 @@ def replacements(leaves: list[Any], spec: Any, given: list[tuple[str, Any]]) -> 
         y = leaves[i]
         if x is None or not isinstance(y, Tensor):
             return x is None and y is None
-        return i not in targets and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and y.layout == torch.strided
+        alike = x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and y.layout == torch.strided
+        return i not in targets and alike and same_layout(x, y)
 
     rest: list[tuple[str, Any]] = []
     for name, argument in given:

@@ -32,6 +32,7 @@ __all__ = [
     "fake_of",
     "function_modes",
     "guarded",
+    "is_collective",
     "is_narrow",
     "is_of_transforms",
     "is_operator",
@@ -425,7 +426,12 @@ def is_operator(f: Any) -> bool:
     names = getattr(f, "__globals__", None)
     if names is not None and any(names is vars(module) for module in (torch.functional, torch.nn.functional)):
         return True
-    return f in _operators() or f is torch.ops.optfn.decides.default
+    return f in _operators() or f is torch.ops.optfn.decides.default or is_collective(f)
+
+
+def is_collective(f: Any) -> bool:
+    """Whether a function is an operator in which processes wait for each other."""
+    return isinstance(f, OpOverload) and f.namespace == "_c10d_functional"
 
 
 def is_read_off_kind(f: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optfn.compile.failing import called_first
+from optfn.compile.pieces import is_collective
 
 __all__ = ["Kind", "Phases", "is_write", "model_of", "phases_of"]
 
@@ -26,7 +27,8 @@ class Phases(NamedTuple):
             :mod:`optfn.compile.scalars` adds: ``"row"``, an entry of a vector of scalars; ``"pack"``, a vector of results
             of tensor nodes.
         phase: the kinds take turns: called, tensor, scalar, and again. A node is computed after all phases below its own; what an
-            operator with several results gives is in its phase. All that may fail comes before the first write.
+            operator with several results gives is in its phase. All that may fail comes before the first write. Calls in which
+            processes wait for each other stay in the order of the graph, which is the same on all of them.
         model: nodes that stay together, as :func:`model_of` gives them.
     """
 
@@ -134,6 +136,8 @@ def _before(phase: int, kind: Kind) -> int:
 
 def _phases(calls: list[Node], kind: dict[Node, Kind], model: set[Node]) -> dict[Node, int]:
     phase: dict[Node, int] = {}
+    one_by_one = [n for n in calls if is_collective(n.target)]
+    before: dict[Node, Node] = dict(zip(one_by_one[1:], one_by_one, strict=False))
     readers: dict[Node, list[Node]] = {}  # of an input, through views of it
     roots: dict[Node, set[Node]] = {n: {n} for n, k in kind.items() if k == "input"}
     for n in calls:
@@ -143,11 +147,11 @@ def _phases(calls: list[Node], kind: dict[Node, Kind], model: set[Node]) -> dict
             continue
         for root in below:
             readers.setdefault(root, []).append(n)
-        phase[n] = _earliest(n, kind, phase)
+        phase[n] = _earliest(n, kind, phase, before)
     together = _keep_together(calls, kind, phase, model)
     for n in calls:
         if n in phase and n not in together:
-            phase[n] = _earliest(n, kind, phase)
+            phase[n] = _earliest(n, kind, phase, before)
 
     writes = [n for n in calls if is_write(n)]
     failed = max((phase[n] for n in phase if kind[n] == "called"), default=0)
@@ -183,8 +187,8 @@ def _is_item(n: Node, kind: dict[Node, Kind]) -> bool:
     return n.target is operator.getitem and kind[n.all_input_nodes[0]] != "free"
 
 
-def _earliest(n: Node, kind: dict[Node, Kind], phase: dict[Node, int]) -> int:
-    return _after(max((phase[a] for a in n.all_input_nodes if a in phase), default=0), kind[n])
+def _earliest(n: Node, kind: dict[Node, Kind], phase: dict[Node, int], before: dict[Node, Node]) -> int:
+    return _after(max((phase[a] for a in (*n.all_input_nodes, before.get(n)) if a in phase), default=0), kind[n])
 
 
 def _keep_together(calls: list[Node], kind: dict[Node, Kind], phase: dict[Node, int], model: set[Node]) -> set[Node]:

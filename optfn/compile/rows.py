@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
+from optfn.sharding import local
 
 __all__ = ["is_sparse", "step_on_rows"]
 
@@ -83,7 +84,7 @@ def _settled(x: Any, target: Tensor | None, memory: set[int]) -> Any:
 
 
 def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    return local(x).untyped_storage().data_ptr()
 
 
 class _Step:

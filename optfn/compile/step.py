@@ -7,7 +7,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -23,11 +23,12 @@ from optfn.compile.closure import Bindings, bindings, same_number
 from optfn.compile.donation import Memory, check_memory, donated_arguments, replacements
 from optfn.compile.donation import copy as copied
 from optfn.compile.phases import model_of
+from optfn.compile.pieces import Pieces
 from optfn.compile.regions import Program, split
 from optfn.compile.structure import Structure, UnknownContainerError
 from optfn.compile.surroundings import Surroundings
 from optfn.compile.trace import NotTraceableError, trace
-from optfn.sharding import is_sharded
+from optfn.sharding import is_sharded, local, of_spec
 
 __all__ = ["compile"]
 
@@ -59,7 +60,11 @@ def compile(
     ``index_put``, ``index_copy``, ``index_add`` of rows) is written where it lies, and no second table is made, unless
     the step itself reads the whole of the new one.
 
-    A call with tensors that lie on several processes (DTensors) is not compiled, with a warning; they cannot be donated.
+    Of tensors that lie on several processes (DTensors) the program sees the pieces of its process, which a donated step overwrites;
+    what processes say to each other is part of it, in the order of the step. The first call of its kind runs as it is, so that
+    what processes have to agree on is agreed on, the second is compiled. What cannot be, since the step itself calls operators
+    of such tensors, runs as it is at every call, donated too, with a warning that says why. A step without ``donate`` runs as
+    it is.
 
     At every call the result is that of ``fn`` at that call, whatever ``fn`` reads besides its arguments, or an error. The page
     "What compile promises" of the documentation says how that is kept, and at what cost.
@@ -109,18 +114,23 @@ def compile(
             leaves = tree.leaves((args, kwargs))
             if call is None and donated:
                 check_memory(bound.arguments, {name for _, name in donated})
-            if any(map(is_sharded, leaves)):
+            sharded = any(map(is_sharded, leaves))
+            if sharded and calls is None:
                 warnings.warn(_SHARDED, stacklevel=2)
-                return fn(*args, **kwargs)
+                return _eagerly(fn, donated, bound, args, kwargs)
             if any(map(rows.is_sparse, leaves)) or (donated and (internals.function_modes() is None or any(map(_is_meta, leaves)))):
                 return _eagerly(fn, donated, bound, args, kwargs)
             if any(map(_has_bits, leaves)):
                 found = _without_bits(calls, (args, kwargs))
                 return found[0] if found else _eagerly(fn, donated, bound, args, kwargs)
-            if call is None and calls is not None:
+            if calls is not None and (call is None or call[0].met_only):
                 call = calls.add(args, kwargs)
                 if call is not None and call[0].program is not None:
                     return call[0].run(call[1])
+            if sharded:
+                if call is None or call[0].why is not None:
+                    warnings.warn(_AS_IT_IS.format(call[0].why if call else "its arguments are of a kind that is not known"), stacklevel=2)
+                return _eagerly(fn, donated, bound, args, kwargs)
             if call is not None and call[0].eager:
                 return _eagerly(fn, donated, bound, args, kwargs)
             # Dynamo takes -0.0 for 0.0 (torch 2.13), also in what stands in a container of another kind.
@@ -137,8 +147,13 @@ def compile(
 
 
 _SHARDED = (
-    "optfn.compile: tensors among the arguments lie on several processes. Such a step is not compiled yet, it runs as it is: "
-    "call the function itself"
+    "optfn.compile: tensors among the arguments lie on several processes. Of such steps those that donate are compiled, with the "
+    "backend 'optfn'; this one runs as it is"
+)
+
+_AS_IT_IS = (
+    "optfn.compile: tensors among the arguments lie on several processes, and the step cannot be compiled for them, it runs as it "
+    "is: {}"
 )
 
 _INSIDE = (
@@ -283,12 +298,16 @@ class _Call:
     Attributes:
         program: what computes the step; None where that is left to Dynamo.
         eager: whether even Dynamo would get it wrong.
+        met_only: whether the next call is the one to compile, as tensors lie on several processes.
+        why: why there is no program.
         outside: the tensors that the step can find besides its arguments.
         held: those that the program reads, and constants.
     """
 
     program: Program | None = None
     eager = False
+    met_only = False
+    why: str | None = None
 
     def __init__(self, structure: Structure, leaves: list[Any], spec: Any, donated: set[int]) -> None:
         self.structure, self.spec = structure, spec
@@ -304,10 +323,12 @@ class _Call:
         self.bindings = Bindings()
         self.outside: list[Tensor] = []
         self.held: list[Tensor] = []
-        self.guards = internals.Guards(tensors)
-        self.memory = Memory(tensors, self.donated)
+        self.pieces = Pieces(tensors)
+        pieces: Any = self.pieces.of(tensors)
+        self.guards = internals.Guards(pieces)
+        self.memory = Memory(pieces, self.donated)
 
-    def tensors(self, given: Any) -> list[Tensor] | None:
+    def tensors(self, given: Any) -> "_Given | None":
         """The tensors of a call's arguments, each once, if the call is made in this way, but for what the step finds outside."""
         leaves = self.structure.match(given)
         if leaves is None:
@@ -318,15 +339,16 @@ class _Call:
             if any(leaves[i] is not leaves[j] for i, j in self.again):
                 return None
             leaves = [leaves[i] for i in self.places]
-        return leaves if self.guards.fit([*leaves, *self.outside]) else None
+        pieces = self.pieces.of(leaves)
+        return None if pieces is None or not self.guards.fit([*pieces, *self.outside]) else _Given(leaves, pieces)
 
     def holds(self) -> bool:
         """Whether the step finds outside of its arguments what it found when it was traced, or is Dynamo's."""
         return self.program is None or self.bindings.hold()
 
-    def apart(self, tensors: list[Tensor]) -> bool:
+    def apart(self, given: "_Given") -> bool:
         """Whether the donated tensors have memory of their own."""
-        return self.memory.apart([*tensors, *self.held] if self.held else tensors)
+        return self.memory.apart([*given.pieces, *self.held] if self.held else given.pieces)
 
     def varies(self, other: "_Call") -> bool:
         """Whether another call has the same donated tensors, but sizes or constants that are not the same."""
@@ -339,7 +361,9 @@ class _Call:
         """Trace and compile the step."""
         result_structure: Any = None
         targets: dict[int, int] = {}
-        tensors = [leaves[i] for i in self.places]
+        specs: dict[int, Any] = {}
+        given_tensors = [leaves[i] for i in self.places]
+        tensors: Any = self.pieces.of(given_tensors)
 
         def flat(*inputs: Tensor) -> list[Any]:
             nonlocal result_structure
@@ -362,9 +386,10 @@ class _Call:
             number = {id(x): j for j, x in enumerate(inputs)}
             found = replacements(results, result_structure, [(name, arguments[name]) for name in names if name in arguments])
             targets.update({i: number[id(x)] for i, x in found.items() if x is not None})
-            return results
+            specs.update({i: x._spec for i, x in enumerate(results) if is_sharded(x)})
+            return [local(x) for x in results]
 
-        traced = trace(flat, tensors)
+        traced = trace(flat, tensors, [x if is_sharded(x) else None for x in given_tensors])
         if model_of(traced.graph):
             internals.prepare_model(traced.graph)
         outside = list({id(x): x for x in bindings.tensors}.values())
@@ -381,19 +406,34 @@ class _Call:
         self.guards = internals.Guards([*tensors, *outside])
         self.counted = [j for j in self.donated if not tensors[j].is_inference()]
         self.results = _write(traced.graph, targets)
+        self.specs = [(i, specs[i]) for i, r in enumerate(self.results) if i in specs and not isinstance(r, int)]
         self.result_structure = result_structure
         self.program = split(traced.graph, internals.compile_regions)
 
-    def run(self, tensors: list[Tensor]) -> Any:
+    def run(self, given: "_Given") -> Any:
         assert self.program is not None
-        found = self.program([*tensors, *self.held])
+        tensors, pieces = given
+        found = self.program([*pieces, *self.held])
         # The kernels write to memory, of which autograd knows nothing.
-        torch.autograd.graph.increment_version([tensors[j] for j in self.counted])
-        return self.result_structure.unflatten([tensors[r] if isinstance(r, int) else found[r[0]] for r in self.results])
+        torch.autograd.graph.increment_version([pieces[j] for j in self.counted])
+        if pieces is not tensors:
+            torch.autograd.graph.increment_version([tensors[j] for j in self.counted])
+        results = [tensors[r] if isinstance(r, int) else found[r[0]] for r in self.results]
+        for i, spec in self.specs:
+            results[i] = of_spec(results[i], spec)
+        return self.result_structure.unflatten(results)
+
+
+class _Given(NamedTuple):
+    """The tensors of a call, each once, and of those that lie on several processes the pieces; the same list where none does."""
+
+    tensors: list[Tensor]
+    pieces: list[Tensor]
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether a leaf is a tensor like any other, or a constant."""
+    """Whether a leaf is a tensor like any other, or one whose piece is, or a constant."""
+    x = x._local_tensor if is_sharded(x) else x
     return (type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided) or type(x) in _CONSTANTS
 
 
@@ -451,7 +491,7 @@ class _Calls:
         self.calls: list[_Call] = []
         self.lock = threading.RLock()
 
-    def find(self, args: Any, kwargs: Any) -> tuple[_Call, list[Tensor]] | None:
+    def find(self, args: Any, kwargs: Any) -> tuple[_Call, _Given] | None:
         """The way in which this call is made, and its tensors, if it is known and the donated tensors have memory of their own."""
         with self.lock:
             for i, call in enumerate(self.calls):
@@ -462,13 +502,14 @@ class _Calls:
                     return (call, tensors) if call.apart(tensors) else None
             return None
 
-    def add(self, args: Any, kwargs: Any) -> tuple[_Call, list[Tensor]] | None:
+    def add(self, args: Any, kwargs: Any) -> tuple[_Call, _Given] | None:
         """Learn a way to call the step; None if it is none that can be guarded here."""
         given: Any = (args, kwargs)
         arguments = self.signature.bind(*args, **kwargs).arguments
         donated = {id(x) for name in self.names if name in arguments for x in tree.leaves(arguments[name])}
         with self.lock, internals.compiling():
-            if (found := self.find(args, kwargs)) is not None:  # another thread has learnt it while this one waited
+            found = self.find(args, kwargs)
+            if found is not None and not found[0].met_only:  # another thread has learnt it while this one waited
                 return found
             leaves: list[Any] = []
             try:
@@ -477,18 +518,35 @@ class _Calls:
                 return None
             if not (any(isinstance(x, Tensor) for x in leaves) and all(map(_is_plain, leaves))):
                 return None
-            call = _Call(structure, leaves, optree.tree_structure(given, namespace=tree.NAMESPACE), donated)
+            if found is not None:
+                call = found[0]
+            else:
+                call = _Call(structure, leaves, optree.tree_structure(given, namespace=tree.NAMESPACE), donated)
+                self.calls = [call, *self.calls][:_WAYS]
+            call.met_only = bool(call.pieces.places) and found is None
+            if not call.met_only:
+                call.why = self._learn(call, given, leaves)
             tensors = [leaves[i] for i in call.places]
-            known = bindings(self.fn, structure.classes)
-            # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
-            if known is not None and not any(call.varies(other) for other in self.calls) and not self._rebinds(given):
-                try:
-                    call.record(self.fn, self.signature, self.names, leaves, known)
-                except Exception:  # Dynamo can do more, or says why not
-                    internals.log.debug("%s is left to Dynamo", self.fn, exc_info=True)
-            call.apart(tensors)
-            self.calls = [call, *self.calls][:_WAYS]
-            return call, tensors
+            made = _Given(tensors, call.pieces.of(tensors) or [])
+            call.apart(made)
+            return call, made
+
+    def _learn(self, call: _Call, given: Any, leaves: list[Any]) -> str | None:
+        """Compile the step for a call; or why not."""
+        known = bindings(self.fn, call.structure.classes)
+        if known is None:
+            return "it reads something besides its arguments that may change unseen"
+        # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
+        if any(call.varies(other) for other in self.calls):
+            return "sizes of what is not donated, or numbers, differ from those of an earlier call: give numbers as 0-dim tensors"
+        if self._rebinds(given):
+            return "something that it closes over is bound anew between calls"
+        try:
+            call.record(self.fn, self.signature, self.names, leaves, known)
+        except Exception as error:  # Dynamo can do more, or says why not
+            internals.log.debug("%s is left to Dynamo", self.fn, exc_info=True)
+            return str(error)
+        return None if call.program is not None else "tensors that it reads share memory, or are negative or conjugate in name only"
 
     def _rebinds(self, given: Any) -> bool:
         """Whether calls like this one have been traced too often, for other things that the step found outside of its arguments."""
@@ -499,6 +557,6 @@ class _Calls:
             f"{getattr(self.fn, '__qualname__', self.fn)!r} was compiled {alike} times for the same arguments, as something that "
             "it closes over is bound anew between calls. Pass it as an argument, a number as a 0-dim tensor: it is compiled once. "
             "From now on torch.compile guards it.",
-            stacklevel=5,
+            stacklevel=6,
         )
         return True

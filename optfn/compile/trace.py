@@ -10,9 +10,12 @@ import torch.fx
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optfn import tree
 from optfn.compile import internals
 from optfn.compile.failing import strict
+from optfn.compile.pieces import is_collective
 from optfn.compile.watch import NotTraceableError, Watch
+from optfn.sharding import is_sharded
 
 __all__ = ["NotTraceableError", "Traced", "trace"]
 
@@ -30,7 +33,7 @@ class Traced(NamedTuple):
     constants: list[Tensor]
 
 
-def trace(fn: Callable[..., list[Any]], inputs: list[Tensor]) -> Traced:
+def trace(fn: Callable[..., list[Any]], inputs: list[Tensor], homes: list[Any] | None = None) -> Traced:
     """Write down what ``fn`` computes of the inputs, equal calls once.
 
     :func:`torch.fx.experimental.proxy_tensor.make_fx` does the same in one and a half times the time, which counts where a step has
@@ -39,6 +42,7 @@ def trace(fn: Callable[..., list[Any]], inputs: list[Tensor]) -> Traced:
     Args:
         fn: a pure function of tensors to a list of tensors, and constants.
         inputs: dense tensors; shapes, dtypes, strides and devices are read, no numbers.
+        homes: of each input the tensor of which it is this process's piece, which ``fn`` is handed; None where it is none.
 
     Raises:
         NotTraceableError: ``fn`` changes an argument, reads a number out of a tensor, draws random numbers, calls what is
@@ -46,9 +50,11 @@ def trace(fn: Callable[..., list[Any]], inputs: list[Tensor]) -> Traced:
     """
     watch = Watch()
     recorder = _Recorder(watch)
+    whole = homes or [None] * len(inputs)
+    recorder.watches_pieces = any(home is not None for home in whole)
 
     def watched(*traced: Tensor) -> list[Any]:
-        arguments = [watch.argument(x, given) for x, given in zip(traced, inputs, strict=True)]
+        arguments = [watch.argument(x, given, home) for x, given, home in zip(traced, inputs, whole, strict=True)]
         with watch:
             return fn(*arguments)
 
@@ -77,6 +83,7 @@ class _Recorder(TorchDispatchMode):
         self.nodes: dict[int, torch.fx.Node] = {}
         self.known: dict[Any, Any] = {}
         self.held: list[Any] = []  # an id is that of one tensor for as long as the tensor lives
+        self.watches_pieces = False
 
     def own(self, node: torch.fx.Node, x: Tensor) -> None:
         node.meta["val"] = x
@@ -95,6 +102,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.watches_pieces and any(map(is_sharded, tree.leaves((args, kwargs)))):
+            self.watch.refuse(f"{func} of a tensor that lies on several processes is called, and not by a rule")
         if func in self.decompositions:
             with self:
                 result = self.decompositions[func](*args, **kwargs)
@@ -112,7 +121,7 @@ class _Recorder(TorchDispatchMode):
         flat, spec = optree.tree_flatten((args, kwargs), none_is_leaf=True)  # type: ignore[arg-type]
         flat = [self.node(x) if isinstance(x, Tensor) else x for x in flat]
         key = (func, spec, *((type(x), repr(x) if isinstance(x, float) else x) for x in flat))  # 0.0 == -0.0
-        if key in self.known:
+        if key in self.known and not is_collective(func):
             # Autograd, where the function uses it, wants a tensor of its own for each call.
             return optree.tree_map(lambda x: self.alias(x) if isinstance(x, Tensor) else x, self.known[key])
         try:

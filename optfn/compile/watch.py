@@ -1,5 +1,6 @@
 """What a function asks of tensors while it is traced, besides what operators give."""
 
+import functools
 import sys
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from optfn.compile import internals
+from optfn.sharding import like
 
 __all__ = ["NotTraceableError", "Watch"]
 
@@ -32,9 +34,13 @@ class Watch(TorchFunctionMode):
         self.requires_grad: dict[int, tuple[Tensor, bool]] = {}  # an id is that of one tensor for as long as the tensor lives
         self.known: dict[Any, bool] = {}
 
-    def argument(self, traced: Tensor, given: Tensor) -> Tensor:
-        """The traced tensor that stands for a given one, to hand to the function."""
+    def argument(self, traced: Tensor, given: Tensor, piece_of: Any = None) -> Tensor:
+        """The traced tensor that stands for a given one, or for one of which it is this process's piece, to hand to the function."""
         traced.__class__ = _Argument
+        if piece_of is not None:
+            traced._watch = self  # type: ignore[attr-defined]
+            traced, given = like(traced, piece_of), piece_of
+            traced.__class__ = _sharded_argument()
         traced._watch = self  # type: ignore[attr-defined]
         traced._is_param = isinstance(given, torch.nn.Parameter)  # type: ignore[attr-defined]
         # Not the given tensor: what was traced is a cycle, and keeps all that it knows until the collector comes by.
@@ -59,13 +65,24 @@ class Watch(TorchFunctionMode):
         return self.refuse(f"{name} of a tensor is asked for")
 
 
+def _attribute(self: Any, name: str) -> Any:
+    """What a traced tensor is asked for that tensors do not have."""
+    if name == "_watch" or str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):  # pyright: ignore[reportPrivateUsage]
+        raise AttributeError(name)  # it looks for some of its own
+    return self._watch.refuse(f"the attribute {name!r} of a tensor is asked for")
+
+
 class _Argument(Tensor):
     """A traced tensor that knows when it is asked for an attribute that tensors do not have."""
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl  # pyright: ignore[reportPrivateUsage]
+    __getattr__ = _attribute
     _watch: Watch
 
-    def __getattr__(self, name: str) -> Any:
-        if str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):  # pyright: ignore[reportPrivateUsage]
-            raise AttributeError(name)  # it looks for some of its own
-        return self._watch.refuse(f"the attribute {name!r} of a tensor is asked for")
+
+@functools.cache
+def _sharded_argument() -> Any:
+    """The same for a tensor that lies on several processes."""
+    from torch.distributed.tensor import DTensor
+
+    return type("_ShardedArgument", (DTensor,), {"__slots__": (), "__getattr__": _attribute})

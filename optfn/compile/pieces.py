@@ -1,0 +1,61 @@
+"""Tensors that lie on several processes, taken off at the boundary of a step: its program sees the pieces of this process.
+
+The step itself is handed such tensors also while it is traced, and the lift takes their pieces. What processes say to each other
+stays in the graph, in the order in which the step says it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optfn.compile import internals
+from optfn.compile.branches import Branch
+from optfn.sharding import is_sharded
+
+__all__ = ["Pieces", "is_collective"]
+
+
+class Pieces:
+    """Which tensors of a call lie on several processes, and how.
+
+    Args:
+        tensors: those of the first call.
+
+    Attributes:
+        places: which of them do.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.places = [i for i, x in enumerate(tensors) if is_sharded(x)]
+        self.specs, self.kinds = self._kinds(tensors)
+        self.world = _world() if self.places else None
+
+    def _kinds(self, tensors: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Of each: how it lies, and what else a step can ask for that its piece does not tell."""
+        given = [tensors[i] for i in self.places]
+        return [x._spec for x in given], [(type(x), x.requires_grad, getattr(x, "_is_param", False)) for x in given]
+
+    def of(self, tensors: list[Any]) -> list[Tensor] | None:
+        """The pieces of tensors that lie as those of the first call do, plain ones as they are; None if they lie otherwise."""
+        if not self.places:
+            return tensors
+        if not all(is_sharded(tensors[i]) for i in self.places) or _world() is not self.world:
+            return None
+        if self._kinds(tensors) != (self.specs, self.kinds):
+            return None
+        pieces = list(tensors)
+        for i in self.places:
+            pieces[i] = pieces[i]._local_tensor
+        return pieces
+
+
+def _world() -> Any:
+    return torch.distributed.group.WORLD
+
+
+def is_collective(target: Any) -> bool:
+    """Whether processes wait for each other in a call: all of them must make such calls, in one order."""
+    if isinstance(target, Branch):
+        return any(is_collective(n.target) for side in target.sides for n in side.__self__.graph.nodes)
+    return internals.is_collective(target)
