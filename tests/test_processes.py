@@ -380,28 +380,3 @@ def all_refused() -> None:
 
 def test_what_is_refused_is_refused_by_all() -> None:
     on_processes(all_refused, 4)
-
-
-def not_compiled() -> float:
-    params = distributed("fsdp")(full_params())
-    tx = optfn.chain(optfn.clip_by_global_norm(1.0), adamw())
-    state, worst = tx.init(params), 0.0
-
-    @optfn.compile
-    def step(grads: Any, state: Any, params: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optfn.apply_updates(params, updates), state
-
-    with torch.no_grad():
-        for k in range(2):
-            grads = distributed("fsdp")(full_grads(k))
-            updates, expected = tx.update(grads, state, params)
-            wanted = optfn.apply_updates(params, updates)
-            with pytest.warns(UserWarning, match="Such a step is not compiled yet"):
-                params, state = step(grads, state, params)
-            worst = max(worst, difference(whole((wanted, expected)), (params, state)))
-    return worst
-
-
-def test_a_compiled_step_runs_as_it_is() -> None:
-    assert max(on_processes(not_compiled, 4)) == 0

@@ -78,8 +78,8 @@ def model_of(graph: torch.fx.Graph) -> set[Node]:
     """
     calls = [n for n in graph.nodes if n.op == "call_function"]
     products = [n for n in calls if _name(n) in _PRODUCTS]
-    if not products:
-        return set()
+    if not products or any(is_collective(n.target) for n in calls):
+        return set()  # a model that lies on several processes calls operators of its own, and is not traced
     tensors = [n for n in calls if not (isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim == 0)]
     together = max(connected(tensors, lambda n: n.all_input_nodes), key=len)
     if 2 * len(together) <= len(tensors) or not any(n in together for n in products):

@@ -154,7 +154,7 @@ def skip_not_finite(updates: Any, gradient_step: Any, params: Any) -> tuple[Tens
         >>> skip_not_finite({"w": torch.tensor([1.0, float("nan")])}, 0, None)
         (tensor(True), {'should_skip': tensor(True), 'num_not_finite': tensor(1)})
     """
-    count = tree.sum(tree.map(lambda u: ~u.isfinite(), updates)).to(torch.int64)
+    count = tree.sum(tree.map_entries(lambda u: ~u.isfinite(), updates)).to(torch.int64)
     return count > 0, {"should_skip": count > 0, "num_not_finite": count}
 
 
