@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A proxy that no one listens on: the documentation must build without a network.
 NOBODY := http://127.0.0.1:9
 
-.PHONY: demo bench algorithms against-optax test fuzz lint types docs clean
+.PHONY: demo bench algorithms against-optax collectives test fuzz lint types docs clean
 
 demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -18,6 +18,9 @@ algorithms: $(VENV)/bench.installed ## docs/algorithms.md: every algorithm, what
 
 against-optax: $(VENV)/bench.installed ## docs/against-optax.md: every alias that Optax has too trains the demo's model in both
 	$(BIN)/python benchmarks/against_optax.py $(ARGS)
+
+collectives: $(VENV)/bench.installed ## docs/collectives.md: what processes say to each other in a step, counted and by formula
+	$(BIN)/python benchmarks/processes.py $(ARGS)
 
 test: $(VENV)/dev.installed ## all tests; ARGS="--generated 40" generates code for every fixed case of the fuzzer, not for some
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -15,6 +15,7 @@ __all__ = [
     "MaskedState",
     "PartitionState",
     "chain",
+    "followed_by",
     "freeze",
     "masked",
     "maximize",
@@ -92,6 +93,37 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         return updates, new
 
     return transformation(init, update, elementwise=elementwise)
+
+
+def followed_by(tx: GradientTransformation, stateless: GradientTransformation) -> GradientTransformation:
+    """A lifted rule and then one that keeps no state, as one: its state is that of the first, and it rounds once, at its end.
+
+    So a rule has two parts, of which each says what it needs of a leaf that lies on several processes.
+
+    Example:
+        >>> tx = followed_by(optfn.scale_by_sign(), optfn.scale(-0.5))
+        >>> tx.update({"w": torch.tensor([5.0])}, tx.init({"w": torch.zeros(1)}))[0]
+        {'w': tensor([-0.5000])}
+    """
+    begins = begin_of(tx), begin_of(stateless)
+
+    def init(params: Any) -> Any:
+        stateless.init(params)  # it may refuse them
+        return tx.init(params)
+
+    def begin(leaves: Leaves, state: Any) -> Sweep:
+        first, then = begins[0](leaves, state), begins[1](leaves, ())
+
+        def unrounded(i: int, g: Tensor, p: Tensor | None) -> Tensor:
+            return first.each(i, g, p, narrow=False)
+
+        def rounded(i: int, g: Tensor, p: Tensor | None) -> Tensor:
+            return then.each(i, g, p).to(leaves.grads[i].dtype)
+
+        links = first._replace(each=unrounded), then._replace(each=rounded)
+        return Sweep(lambda i, g, p: rounded(i, unrounded(i, g, p), p), first.end, links=links)
+
+    return lifted(init, begin, elementwise=is_elementwise(tx) and is_elementwise(stateless))
 
 
 def named_chain(*transformations: tuple[str, GradientTransformation]) -> GradientTransformation:

@@ -375,7 +375,9 @@ def stateless_with_tree_map(
         lift.require_params(leaves)
         numbers = _Once(lambda dtype, device: once(dtype) if once else None)
 
-        def each(i: int, g: Tensor, p: Tensor | None, shared: tuple[Any, ...] = (), extents: Any = None) -> Tensor:
+        def each(
+            i: int, g: Tensor, p: Tensor | None, shared: tuple[Any, ...] = (), extents: Any = None, *, narrow: bool = True
+        ) -> Tensor:
             plain = _is_plain(g, p, None)
             values, rebuild = (g, None) if plain else lift.values(leaves, i, g, p)
             dtype = g.dtype if plain else _real_dtype(values, p)
@@ -386,7 +388,7 @@ def stateless_with_tree_map(
             except RuntimeError as error:
                 _explain(error, f, leaves, i, ())
                 raise
-            direction = _narrowed(direction, values)
+            direction = _narrowed(direction, values) if narrow or values.is_complex() else direction
             return rebuild(direction) if rebuild else direction
 
         return lift.sweep(leaves, each, lambda: state)
@@ -620,6 +622,7 @@ class _Pass:
         extents: Any = None,
         *,
         last: bool = True,
+        narrow: bool = True,
     ) -> Any:
         lift = self.lift
         slots: Any = self.now[i]
@@ -642,7 +645,7 @@ class _Pass:
             raise
         sound = not last or (plain and slots is self.before[i] and _all_of(dtype, new))
         self.now[i] = new if sound else _cast_back(new, self.before[i], dtype)
-        answer = _narrowed(answer, values)
+        answer = _narrowed(answer, values) if narrow or values.is_complex() else answer
         return rebuild(answer) if rebuild else answer
 
     def slots(self) -> Any:

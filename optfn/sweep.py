@@ -285,7 +285,7 @@ class Owners:
     def __init__(self, keepers: list[Slots], leaves: Leaves, grads: list[Any], *, reads: bool) -> None:
         self.keepers, self.before = keepers, [list(keeper.now) for keeper in keepers]
         self.homes: list[Any] = leaves.homes or []
-        self.pieces = grads
+        self.pieces, self.given = grads, leaves.grads
         self.grads: list[Any] = [None if is_sharded(h) else g for g, h in zip(grads, self.homes, strict=True)]
         self.params: list[Any] = [None if is_sharded(h) else p for p, h in zip(leaves.owners, self.homes, strict=True)]
         self.mine = [i for i, g in enumerate(self.grads) if g is not None]
@@ -328,10 +328,12 @@ class Owners:
     def sent_back(self, answers: list[Any]) -> list[Any]:
         """What was computed of each leaf, as pieces; new slots come back to where the old ones lie."""
         found = [None if is_sharded(h) else x for x, h in zip(answers, self.homes, strict=True)]
+        # What came may have been wider than the gradient; the answer is like it.
+        like = [None if g is None else torch.empty_like(x, dtype=g.dtype) for x, g in zip(self.pieces, self.given, strict=True)]
         of = {id(keeper): before for keeper, before in zip(self.keepers, self.before, strict=True)}
         for exchange, some in self.exchanges:
             slots = self._slots(some)
-            items = [(k, answers[i], self.pieces[i], False) for k, i in enumerate(some)]
+            items = [(k, answers[i], like[i], False) for k, i in enumerate(some)]
             for k, i, keeper, f in slots:
                 items.append((k, keeper.now[i][f], of[id(keeper)][i][f], not is_sharded(keeper.homes[i][f])))
             new = iter(exchange.from_owners(items))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn.checks import alias, number
-from optfn.compose import chain, negate_if
+from optfn.compose import chain, followed_by, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
 from optfn.matrices import MuonDimensionNumbers, as_matrices, as_tensor, matrix_shape, with_numbers
@@ -119,24 +119,25 @@ def scale_by_muon(
         now = bias_correction(beta, step)
         return now, bias_correction(beta, step + 1) if nesterov else now
 
-    def update(
-        g: Tensor, slots: MuonSlots, p: Any, step: Any, numbers: MuonDimensionNumbers = _ROWS_FIRST
-    ) -> tuple[Tensor, MuonSlots]:
+    def average(g: Tensor, slots: MuonSlots, p: Any, step: Any) -> tuple[Tensor, MuonSlots]:
         mu = lerp(slots.mu, g, 1 - beta)
         g_hat, mu_hat = (g / step[0], mu / step[1]) if bias_correction_mu else (g, mu)
-        average = lerp(g_hat, mu_hat, beta) if nesterov else mu_hat
-        x = as_matrices(average, numbers).to(ns_dtype or g.dtype)
+        return lerp(g_hat, mu_hat, beta) if nesterov else mu_hat, MuonSlots(mu)
+
+    def orthogonalize(mu_hat: Tensor, p: Any, numbers: MuonDimensionNumbers = _ROWS_FIRST) -> Tensor:
+        x = as_matrices(mu_hat, numbers).to(ns_dtype or mu_hat.dtype)
         tall = x.shape[-2] > x.shape[-1]
         x = x.mT if tall else x
         x = x / _size(x, preconditioning, eps, eps_floor).to(x.dtype)
         for a, b, c in triples:
             gram = x @ x.mT
             x = _mixed(a, x, 1, _mixed(b, gram, c, gram, gram), x)
-        x = as_tensor(x.mT if tall else x, g, numbers).to(g.dtype)
-        return (average * x).sum() * x if adaptive else x, MuonSlots(mu)
+        x = as_tensor(x.mT if tall else x, mu_hat, numbers).to(mu_hat.dtype)
+        return (mu_hat * x).sum() * x if adaptive else x
 
-    corrections = at_step if bias_correction_mu else None
-    return with_numbers(leafwise(init, update, at_step=corrections, complex_="error"), weight_dimension_numbers)
+    averaged = leafwise(init, average, at_step=at_step if bias_correction_mu else None, elementwise=True, complex_="error")
+    orthogonalized = stateless_with_tree_map(orthogonalize, elementwise=False, complex_="error")
+    return followed_by(averaged, with_numbers(orthogonalized, weight_dimension_numbers))
 
 
 def _size(x: Tensor, preconditioning: Preconditioning, eps: Scalar, eps_floor: bool) -> Tensor:
