@@ -28,25 +28,21 @@ class Pieces:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.places = [i for i, x in enumerate(tensors) if is_sharded(x)]
-        self.specs, self.kinds = self._kinds(tensors)
-        self.world = _world() if self.places else None
-
-    def _kinds(self, tensors: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Of each: how it lies, and what else a step can ask for that its piece does not tell."""
-        given = [tensors[i] for i in self.places]
-        return [x._spec for x in given], [(type(x), x.requires_grad, getattr(x, "_is_param", False)) for x in given]
+        given: list[Any] = [tensors[i] for i in self.places]
+        self.specs = [x._spec for x in given]
+        self.guards = internals.Guards(given) if given else None
+        self.world = _world() if given else None
 
     def of(self, tensors: list[Any]) -> list[Tensor] | None:
         """The pieces of tensors that lie as those of the first call do, plain ones as they are; None if they lie otherwise."""
-        if not self.places:
+        if self.guards is None:
             return tensors
-        if not all(is_sharded(tensors[i]) for i in self.places) or _world() is not self.world:
-            return None
-        if self._kinds(tensors) != (self.specs, self.kinds):
+        given = [tensors[i] for i in self.places]
+        if not self.guards.fit(given) or [x._spec for x in given] != self.specs or _world() is not self.world:
             return None
         pieces = list(tensors)
-        for i in self.places:
-            pieces[i] = pieces[i]._local_tensor
+        for i, x in zip(self.places, given, strict=True):
+            pieces[i] = x._local_tensor
         return pieces
 
 

@@ -36,13 +36,13 @@ class Watch(TorchFunctionMode):
 
     def argument(self, traced: Tensor, given: Tensor, piece_of: Any = None) -> Tensor:
         """The traced tensor that stands for a given one, or for one of which it is this process's piece, to hand to the function."""
-        traced.__class__ = _Argument
         if piece_of is not None:
-            traced._watch = self  # type: ignore[attr-defined]
-            traced, given = like(traced, piece_of), piece_of
+            traced, given = like(self.argument(traced, given), piece_of), piece_of
             traced.__class__ = _sharded_argument()
+        else:
+            traced.__class__ = _Argument
+            traced._is_param = isinstance(given, torch.nn.Parameter)  # type: ignore[attr-defined]
         traced._watch = self  # type: ignore[attr-defined]
-        traced._is_param = isinstance(given, torch.nn.Parameter)  # type: ignore[attr-defined]
         # Not the given tensor: what was traced is a cycle, and keeps all that it knows until the collector comes by.
         self.requires_grad[id(traced)] = traced, given.requires_grad
         return traced
@@ -67,6 +67,8 @@ class Watch(TorchFunctionMode):
 
 def _attribute(self: Any, name: str) -> Any:
     """What a traced tensor is asked for that tensors do not have."""
+    if name == "_is_param":
+        return self._watch.refuse("whether a tensor that lies on several processes is a parameter is asked for")
     if name == "_watch" or str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):  # pyright: ignore[reportPrivateUsage]
         raise AttributeError(name)  # it looks for some of its own
     return self._watch.refuse(f"the attribute {name!r} of a tensor is asked for")
