@@ -42,20 +42,22 @@ def local_steps(
         \Delta &= \tfrac1W \textstyle\sum_i (\phi - \theta_{i,t}), \qquad
         \phi \leftarrow \phi + \mathrm{outer}(\Delta), \qquad \theta_{i,t} \leftarrow \phi \qquad [t \bmod H = 0]
 
-    Process :math:`i` of :math:`W` has its own data and gradients :math:`g_i`, which nothing may average (no
-    ``DistributedDataParallel``). The paper takes ``optfn.sgd(lr=0.7, momentum=0.9, nesterov=True)`` as the outer transformation; 1.0
-    without momentum averages the parameters. *Communicated* is :math:`\Delta`, all leaves in one ``all_reduce``, in every
-    :math:`H`-th step, and nothing in the others; ``init`` has one too, which makes :math:`\phi` the parameters of the first process.
-    *Kept* are the state of ``inner``, over outer steps too as in the paper, and :math:`\phi` with the state of ``outer``, equal on
-    all processes. So are the parameters after an outer step, up to the rounding of the last addition, which does not add up.
+    Process :math:`i` of :math:`W` has data and gradients :math:`g_i` of its own, which nothing else may average (no
+    ``DistributedDataParallel``). The outer transformation of the paper is ``optfn.sgd(lr=0.7, momentum=0.9, nesterov=True)``;
+    ``optfn.sgd(lr=1.0)`` averages the parameters.
 
-    Evaluate after an outer step, or with ``optfn.tree.get(state, "outer_params")``. Nothing after it may change the updates. A leaf
-    whose gradient is None stays where it is, with an update of 0, but takes part in outer steps: on another process it may have
-    moved. Extra arguments reach ``inner`` alone, as they are one process's own.
+    *Communicated* is :math:`\Delta`, all leaves in one ``all_reduce``, in every :math:`H`-th step, and nothing in the others. One
+    more in ``init`` makes :math:`\phi` the parameters of the first process. :func:`optfn.compile` keeps to that; plain
+    :func:`torch.compile`, which computes both sides of a branch, communicates in every step. *Kept* is the state of ``inner``,
+    over outer steps too as in the paper, and :math:`\phi` with the state of ``outer``, equal on all processes. So are the
+    parameters after an outer step, up to the rounding of one addition.
 
-    On one process, without ``mesh``, it is :func:`lookahead` with an outer optimizer in the place of the step size. There it
-    compiles and differentiates too. With parameters that lie on several processes ``mesh`` is that of the replicas, each on
-    processes of its own.
+    Evaluate with ``optfn.tree.get(state, "outer_params")``. Nothing after it in a chain may change the updates. A leaf whose
+    gradient is None stays where it is, with an update of 0, and takes part in outer steps: on another process it may have moved.
+    Extra arguments reach ``inner`` alone, as they are one process's own.
+
+    On one process, without ``mesh``, it is :func:`lookahead` with an optimizer in the place of the step size. Where parameters
+    lie on several processes ``mesh`` joins replicas, each of which has processes of its own for them.
 
     Args:
         inner: what makes the steps of each process.

@@ -22,23 +22,22 @@ def shard_state(tx: GradientTransformation, mesh: Any) -> GradientTransformation
         u_t &= \mathrm{all\_gather}_r\, u^{(r)}_t
 
     For :class:`torch.nn.parallel.DistributedDataParallel`, and for loops that average gradients by themselves. Process :math:`r`
-    of :math:`W` computes with the :math:`r`-th piece of every tensor, its ``1/W``, and keeps that of the state. Tensors are cut in the
-    dimension in which that comes out most even, the first of these; numbers, 0-dim tensors, are on all processes.
+    of :math:`W` computes with the :math:`r`-th piece of every tensor, and keeps that of the state. A tensor is cut in the dimension
+    in which the largest piece is the smallest, the first of such; a 0-dim tensor is on all processes.
 
     *Communicated* in a step are the updates of all leaves, in one ``all_gather``, besides what ``tx`` needs of whole tensors: a
-    global norm is one ``all_reduce``, Muon two ``all_to_all``. A leaf that ``masked`` or ``partition`` hides, or whose update is
-    None, is not. *Kept* are tensors that lie on several processes, as :func:`torch.distributed.tensor.distribute_tensor` makes
-    them of what ``tx`` keeps in the shape of a parameter. Checkpoints, ``full_tensor()`` and the rest of the page "More than one
-    process" hold for them. The updates are plain, and equal on all processes.
+    global norm is one ``all_reduce``, Muon two ``all_to_all``. Leaves whose update is None, or which are hidden, do not travel.
+    *Kept* is what ``tx`` keeps, with tensors that lie on several processes (DTensors) where it has the shape of a parameter. What
+    the page "More than one process" says of these holds. The updates are plain, and equal on all processes.
 
-    Its place is around all that has a state. What stands before it in a chain sees whole gradients, so a norm of them needs no
-    communication: ``chain(clip_by_global_norm(1.0), shard_state(adamw(1e-3), mesh))``. What refuses tensors that lie on several
-    processes is refused here too. All processes must have the same pattern of None among the gradients.
+    It belongs around all that keeps tensors. What stands before it in a chain is shown whole gradients, so a norm of them needs no
+    communication: ``chain(clip_by_global_norm(1.0), shard_state(adamw(1e-3), mesh))``. A transformation that refuses leaves on
+    several processes refuses them here too. All processes must have the same pattern of None among the gradients.
 
     Args:
         tx: the transformation. Extra arguments are handed on; a function among them is handed whole parameters.
-        mesh: a mesh of one dimension with the processes, ``torch.distributed.device_mesh.init_device_mesh("cuda", (W,))``. Where
-            nodes are linked slowly it may be that of a node: each then has the whole state.
+        mesh: a mesh of one dimension with the processes, ``torch.distributed.init_device_mesh("cuda", (W,))``. Where nodes are
+            linked slowly it may be that of a node, ``mesh["within"]``: each node then has all of the state.
 
     Raises:
         TypeError: ``tx`` is no transformation, ``mesh`` no mesh. From ``init`` and ``update``: a leaf that lies on several
@@ -71,7 +70,7 @@ def shard_state(tx: GradientTransformation, mesh: Any) -> GradientTransformation
         return tree.unflatten(spec, [None if x is None else _piece(x, mesh, of, i) for i, x in enumerate(found)])
 
     def init(params: Any) -> Any:
-        return tx.init(pieces(tree.map(torch.detach, params), "params"))
+        return tx.init(tree.map(torch.detach, pieces(params, "params")))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         extra = in_form(extra, params, lambda x: pieces(x, "an extra argument"), _whole)
@@ -91,7 +90,7 @@ def check_mesh(owner: str, mesh: Any) -> None:
         ...
         TypeError: shard_state takes a mesh, torch.distributed.init_device_mesh('cuda', (processes,)) perhaps, got int
     """
-    if not isinstance(mesh, torch.distributed.DeviceMesh):
+    if not isinstance(mesh, torch.distributed.device_mesh.DeviceMesh):
         got = type(mesh).__name__
         raise TypeError(f"{owner} takes a mesh, torch.distributed.init_device_mesh('cuda', (processes,)) perhaps, got {got}")
     if mesh.ndim != 1:
