@@ -150,6 +150,28 @@ def test_half_precision_and_complex_leaves_and_what_is_hidden() -> None:
     assert state.inner_state.outer_params["hidden"] is None
 
 
+def test_it_maps_and_compiles_to_one_graph() -> None:
+    tx = local_steps(inner(), outer(), every=H)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optfn.apply_updates(params, updates), state
+
+    def run(step: Callable[..., Any], params: Any, state: Any, scale: Any) -> Any:
+        for k in range(2 * H + 1):
+            grads = {**gradients(0, k, full_params()), "b": full_params()["b"]}  # None cannot be mapped over
+            params, state = step(params, state, {name: g * scale(g) for name, g in grads.items()})
+        return params
+
+    alone = [run(step, full_params(), tx.init(full_params()), lambda g, scale=scale: scale) for scale in (1.0, 2.0)]
+    fast = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert difference(alone[0], run(fast, full_params(), tx.init(full_params()), lambda g: 1.0)) <= 1e-12
+    both = {name: torch.stack([p, p]) for name, p in full_params().items()}
+    scales = lambda g: torch.tensor([1.0, 2.0]).double().reshape(2, *[1] * g.ndim)  # noqa: E731
+    mapped = run(torch.vmap(step), both, torch.vmap(tx.init)(both), scales)
+    assert difference({n: torch.stack([x[n] for x in alone]) for n in both}, mapped) <= 1e-12
+
+
 def test_a_run_is_resumed_between_outer_steps() -> None:
     tx = local_steps(inner(), outer(), every=H)
     params, state = full_params(), tx.init(full_params())

@@ -152,7 +152,8 @@ def _group(mesh: Any) -> Any:
 
 
 def _check_processes(mesh: Any) -> None:
-    if mesh is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    distributed = torch.distributed
+    if mesh is None and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(
             "local_steps: torch.distributed runs on several processes: say mesh=torch.distributed.group.WORLD if they train "
             "together, or mesh='self' if each trains by itself"
