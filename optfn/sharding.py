@@ -347,7 +347,7 @@ def _shape(piece: Indices) -> tuple[int, ...]:
 def gathered(tensors: Sequence[Any]) -> list[Tensor]:
     """Tensors that one mesh of one dimension cuts, whole and plain on every process: one all_gather for all of them.
 
-    What every process has all of does not travel.
+    The processes of the mesh are in ascending order. What every process has all of does not travel.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError(NO_DERIVATIVE)
@@ -369,11 +369,9 @@ def gathered(tensors: Sequence[Any]) -> list[Tensor]:
     # The operator itself: its function has another name from one torch to the next.
     gather = torch.ops._c10d_functional.all_gather_into_tensor
     came = _waited(gather(torch.cat(packed), mesh.size, mesh.group.group_name)).view(mesh.size, -1)
-    order = sorted(range(mesh.size), key=mesh.coordinates.__getitem__)
-    came = came if order == [*range(mesh.size)] else came[order]
     parts = came.split([len(x) for x in packed], 1)
     for (k, dim), shape, part in zip(away, shapes, parts, strict=True):
-        part = part.contiguous().view(real_dtype(found[k].dtype)) if raw else part
+        part = part.clone().view(real_dtype(found[k].dtype)) if raw else part  # whose bytes lie as the dtype asks
         x = part.reshape(mesh.size, *shape).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, tensors[k].shape[dim])
         found[k] = as_complex(x.clone()) if found[k].is_complex() else x
     return found

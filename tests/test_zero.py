@@ -264,6 +264,8 @@ def refused() -> None:
         shard_state(adamw(), dist.group.WORLD)
     with pytest.raises(ValueError, match=r"a mesh of one dimension, this one has 2: give one of them, mesh\['a'\] perhaps"):
         shard_state(adamw(), dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))
+    with pytest.raises(ValueError, match="shard_state: the processes of the mesh must be in ascending order"):
+        shard_state(adamw(), dist.DeviceMesh("cpu", [3, 1, 0, 2]))
     cut = {"w": distribute_tensor(params["w"], mesh(), [Shard(0)])}
     for wrong in (cut, {"w": distribute_tensor(params["w"], mesh(), [Replicate()])}):
         with pytest.raises(TypeError, match="shard_state: 'w' lies on several processes already"):
@@ -351,3 +353,16 @@ def test_the_package_costs_nothing_to_import() -> None:
         "assert not [m for m in {*sys.modules} - before if m.startswith('torch.distributed')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_on_one_process() -> None:
+    """Also of several dtypes, whose bytes lie at odd places of what travels."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        params = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2, 2), "c": torch.ones(1, dtype=torch.complex128)}
+        tx, cut = adamw(), shard_state(adamw(), dist.init_device_mesh("cpu", (1,)))
+        wanted, _ = tx.update(params, tx.init(params), params)
+        found, _ = cut.update(params, cut.init(params), params)
+        assert all(torch.equal(found[name], wanted[name]) for name in params)
+    finally:
+        dist.destroy_process_group()

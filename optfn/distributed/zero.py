@@ -42,8 +42,8 @@ def shard_state(tx: GradientTransformation, mesh: Any) -> GradientTransformation
     Raises:
         TypeError: ``tx`` is no transformation, ``mesh`` no mesh. From ``init`` and ``update``: a leaf that lies on several
             processes already, or is sparse.
-        ValueError: the mesh has several dimensions, or is without this process. From ``init`` and ``update``: a leaf is on a device
-            of another type than the mesh.
+        ValueError: the mesh has several dimensions, is without this process, or has processes in another than the ascending
+            order. From ``init`` and ``update``: a leaf is on a device of another type than the mesh.
         RuntimeError: from ``update``: there is no derivative through what processes compute together.
 
     Reference:
@@ -64,6 +64,9 @@ def shard_state(tx: GradientTransformation, mesh: Any) -> GradientTransformation
     """
     check_transformation(tx, "shard_state", "shard_state(tx, mesh)")
     check_mesh("shard_state", mesh)
+    ranks = mesh.mesh.tolist()
+    if ranks != sorted(ranks):  # torch (2.13) itself takes pieces in that order when it gathers them
+        raise ValueError(f"shard_state: the processes of the mesh must be in ascending order, got {ranks}")
 
     def pieces(of: Any, name: str) -> Any:
         found, spec = tree.checked(of, f"shard_state: {name}")
