@@ -371,7 +371,8 @@ def gathered(tensors: Sequence[Any]) -> list[Tensor]:
     came = _waited(gather(torch.cat(packed), mesh.size, mesh.group.group_name)).view(mesh.size, -1)
     parts = came.split([len(x) for x in packed], 1)
     for (k, dim), shape, part in zip(away, shapes, parts, strict=True):
-        part = part.clone().view(real_dtype(found[k].dtype)) if raw else part  # whose bytes lie as the dtype asks
+        if raw:
+            part = part.clone(memory_format=torch.contiguous_format).view(real_dtype(found[k].dtype))
         x = part.reshape(mesh.size, *shape).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, tensors[k].shape[dim])
         found[k] = as_complex(x.clone()) if found[k].is_complex() else x
     return found
