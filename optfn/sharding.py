@@ -22,6 +22,7 @@ __all__ = [
     "all_reduced",
     "cut",
     "entrywise",
+    "gathered",
     "group_of",
     "is_sharded",
     "joint_extremes",
@@ -366,6 +367,40 @@ def _joined_pieces(shape: Sequence[int], parts: Sequence[tuple[Indices, Tensor]]
 
 def _shape(piece: Indices) -> tuple[int, ...]:
     return tuple(i.stop - i.start if isinstance(i, slice) else len(i) for i in piece)
+
+
+def gathered(tensors: Sequence[Any]) -> list[Tensor]:
+    """Tensors that one mesh of one dimension cuts, whole and plain on every process: one all_gather for all of them.
+
+    The processes of the mesh are in ascending order. What every process has all of does not travel.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(NO_DERIVATIVE)
+    found = [local(x) for x in tensors]
+    away = [(k, p.dim) for k, x in enumerate(tensors) for p in x.placements if p.is_shard() and numel(x)]
+    if not away:
+        return found
+    mesh = _mesh(tensors[away[0][0]].device_mesh)
+    raw = len({real_dtype(found[k].dtype) for k, _ in away}) > 1  # tensors of several dtypes travel as bytes
+    packed: list[Tensor] = []
+    shapes: list[torch.Size] = []
+    for k, dim in away:
+        # All send as much: the first piece is the largest, and those that are not full are the last.
+        x, short = found[k], list(found[k].shape)
+        short[dim] = -(-tensors[k].shape[dim] // mesh.size) - x.shape[dim]
+        x = as_real(torch.cat([x, x.new_zeros(short)], dim) if short[dim] else x).contiguous()
+        shapes.append(x.shape)
+        packed.append(x.reshape(-1).view(torch.uint8) if raw else x.reshape(-1))
+    # The operator itself: its function has another name from one torch to the next.
+    gather = torch.ops._c10d_functional.all_gather_into_tensor
+    came = _waited(gather(torch.cat(packed), mesh.size, mesh.group.group_name)).view(mesh.size, -1)
+    parts = came.split([len(x) for x in packed], 1)
+    for (k, dim), shape, part in zip(away, shapes, parts, strict=True):
+        if raw:
+            part = part.clone(memory_format=torch.contiguous_format).view(real_dtype(found[k].dtype))
+        x = part.reshape(mesh.size, *shape).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, tensors[k].shape[dim])
+        found[k] = as_complex(x.clone()) if found[k].is_complex() else x
+    return found
 
 
 # Owners

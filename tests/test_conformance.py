@@ -638,7 +638,7 @@ GROUPS = [
     {"transforms"},
     {"wrappers"},
     {"optimizers"},
-    {"compile", "minimize", "perturbations"},
+    {"compile", "distributed", "minimize", "perturbations"},
     {"interop"},
 ]
 
