@@ -392,7 +392,7 @@ def gathered(tensors: Sequence[Any]) -> list[Tensor]:
         shapes.append(x.shape)
         packed.append(x.reshape(-1).view(torch.uint8) if raw else x.reshape(-1))
     # The operator itself: its function has another name from one torch to the next.
-    gather = torch.ops._c10d_functional.all_gather_into_tensor
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
     came = _waited(gather(torch.cat(packed), mesh.size, mesh.group.group_name)).view(mesh.size, -1)
     parts = came.split([len(x) for x in packed], 1)
     for (k, dim), shape, part in zip(away, shapes, parts, strict=True):

@@ -36,9 +36,9 @@ def programs(step: Step) -> list[bool]:
     return [call.program is not None for call in step._calls.calls]
 
 
-def apart(name: str, lay: Any, steps: int = STEPS) -> tuple[float, list[bool]]:
+def apart(make: Any, lay: Any, steps: int = STEPS, *, name: str) -> tuple[float, list[bool]]:
     """How far compiled steps are from eager ones, and which programs there are."""
-    tx = ALL[name]()
+    tx = make()
     step = compiled(tx)
     params, eager = lay(full_params()), lay(full_params())
     state, expected = tx.init(params), tx.init(eager)
@@ -55,7 +55,7 @@ def apart(name: str, lay: Any, steps: int = STEPS) -> tuple[float, list[bool]]:
 def all_apart(layout: str) -> dict[str, Any]:
     lay = distributed(layout)
     with torch.no_grad(), interpreted():
-        return {name: apart(name, lay) for name in ALL}
+        return {name: apart(make, lay, name=name) for name, make in ALL.items()}
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_every_transformation_compiled_is_the_eager_one(layout: str, request: py
 def generated() -> dict[str, Any]:
     lay = distributed("fsdp")
     with torch.no_grad():
-        return {name: apart(name, lay, 3) for name in ("clip", "muon")}
+        return {name: apart(ALL[name], lay, 3, name=name) for name in ("clip", "muon")}
 
 
 @pytest.mark.codegen
@@ -80,6 +80,21 @@ def test_generated_code() -> None:
         for difference_, made in found.values():
             assert difference_ <= 1e-12
             assert made == [True]
+
+
+def cut_states() -> dict[str, tuple[float, list[bool]]]:
+    """Plain parameters, of which only the state lies on several processes."""
+    mesh = init_device_mesh("cpu", (4,))
+    with torch.no_grad(), interpreted():
+        return {
+            name: apart(lambda name=name: optfn.distributed.shard_state(ALL[name](), mesh), dict, name=name)
+            for name in ("adamw", "clip", "muon", "adafactor", "momo")
+        }
+
+
+def test_a_state_that_is_cut() -> None:
+    for found in on_processes(cut_states, 4):
+        assert all(x <= 1e-12 and made == [True] for x, made in found.values()), found
 
 
 # What processes say to each other

@@ -191,6 +191,14 @@ def _of_mapping(x: Any) -> tuple[Any, ...]:
     return (*x, *x.values())
 
 
+def _is_group(x: Any) -> bool:
+    """Whether something is a group of processes, or a mesh of them."""
+    meshes = sys.modules.get("torch.distributed.device_mesh")  # who has a mesh has imported it
+    if meshes is None or not torch.distributed.is_available():
+        return False
+    return isinstance(x, meshes.DeviceMesh | torch.distributed.ProcessGroup)
+
+
 def _is_known(names: dict[str, Any]) -> bool:
     """Whether these are the globals of a module whose functions are known."""
     name: Any = names.get("__name__")
@@ -248,6 +256,8 @@ class _Reader:
         elif ours and kind in (dict, collections.OrderedDict, types.MappingProxyType):
             self.look(_of_mapping, x)
             self.values(x.values(), ours)
+        elif ours and _is_group(x):
+            pass  # which processes are in it does not change
         elif x is typing.Any or kind is types.UnionType or typing.get_origin(x) in _TYPES:
             self.values(typing.get_args(x), ours)  # an annotation
         else:
