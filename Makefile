@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 # A proxy that no one listens on: the documentation must build without a network.
 NOBODY := http://127.0.0.1:9
 
-.PHONY: demo bench algorithms against-optax collectives test fuzz lint types docs clean
+.PHONY: demo demo-distributed bench algorithms against-optax collectives test fuzz lint types docs clean
 
 demo: $(VENV)/demo.installed ## train a small GPT with optfn and with torch.optim, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+demo-distributed: $(VENV)/demo.installed ## the same on four processes, killed and resumed on two: FSDP2 over the loopback address
+	$(BIN)/python examples/demo_distributed.py $(ARGS)
 
 bench: $(VENV)/bench.installed ## optimizer steps, compile times and memory beside torch, TorchOpt, Optax and HeavyBall
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -163,7 +163,12 @@ def times(rounds: int) -> dict[str, float]:
         for where, (params, grads) in (("pieces", pieces), ("plain", plain)):
             for how in ("eager", "compiled"):
                 own = optfn.tree.map(torch.clone, params)
-                ways[how, where] = [step if how == "eager" else optfn.compile(step, donate=("params", "state")), own, tx.init(own), grads]
+                ways[how, where] = [
+                    step if how == "eager" else optfn.compile(step, donate=("params", "state")),
+                    own,
+                    tx.init(own),
+                    grads,
+                ]
         for k in range(rounds + 3):
             dist.barrier()
             for (how, where), way in ways.items():
@@ -211,6 +216,10 @@ def _bytes(n: float) -> str:
     return f"{n:.3g} {unit}" if n else "0"
 
 
+def _head(*titles: str) -> str:
+    return f"| | {' | '.join(titles)} |\n|---|" + "---|" * len(titles)
+
+
 def _calls(calls: dict[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in sorted(calls.items())) or "nothing"
 
@@ -241,15 +250,21 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(f"| `{name}` | {_calls(calls[0])} | {' | '.join(cells)} |")
         lines.append(f"| `{name}` | " + " | ".join(_bytes(by_formula(name, of_a_model(), world)) for world in DEVICES) + " |")
     text = [*HEAD, f"| | in one step | {' | '.join(f'{w} processes' for w in WORLDS)} |", "|---|---|" + "---|" * len(WORLDS), *rows]
-    text += ["", *FORMULA, "", f"| | {' | '.join(f'{w:,} devices' for w in DEVICES)} |", "|---|" + "---|" * len(DEVICES), *lines, ""]
+    text += [
+        "",
+        *FORMULA,
+        "",
+        f"| | {' | '.join(f'{w:,} devices' for w in DEVICES)} |",
+        "|---|" + "---|" * len(DEVICES),
+        *lines,
+        "",
+    ]
     if "muon for matrices + adamw" in names:
-        text += ["", *_of_muon(counted)]
+        text += [MUON, *_of_muon(counted)]
     if args.rounds:
         both = on_processes(2, times, args.rounds)
-        ratio = {
-            how: statistics.fmean(of[f"{how} pieces"] / of[f"{how} plain"] for of in both) for how in ("eager", "compiled")
-        }
-        text += ["", *(line.format(**ratio) for line in TIMES)]
+        ratio = {how: statistics.fmean(of[f"{how} pieces"] / of[f"{how} plain"] for of in both) for how in ("eager", "compiled")}
+        text.append(TIMES.format(**ratio))
     page = "\n".join(text) + "\n"
     print(page)
     for line in wrong:
@@ -273,40 +288,36 @@ def _of_muon(counted: dict[int, list[Any]]) -> list[str]:
         total = sum(x["flops"] for x in of)
         busiest = max(x["flops"] for x in of) / total * world
         said.append(f"| {world} | {sum(x['received'] for x in of) / size:.2f} | {busiest:.2f} |")
-    return [*MUON, *said]
+    return said
 
 
-HEAD = [
-    "# What processes say to each other",
-    "",
-    "Made by `make collectives`. One step of a model of some blocks with four matrices and a bias each, cut by rows (FSDP2's layout),",
-    "float32. The calls are the same on all processes and at twice the depth. Bytes are what one process receives in the mean, at a",
-    f"depth of {DEPTHS[-1]}: of an `all_to_all` all that is not its own, of an `all_reduce` of n bytes 2 (W - 1) / W n, as in a ring.",
-    "",
-]
-FORMULA = [
-    "With W processes a process receives in a step",
-    "",
-    "- of `all_reduce`: 2 (W - 1) / W · 8 bytes for each number that is summed, at most a few for each leaf;",
-    "- of `all_to_all`: (W - 1) / W · e N / W, where N entries of e bytes go to their owners (the gradient; parameters and slots, where a",
-    "  rule reads them) or come back (the update, slots); and (W - 1) / W · e M for M entries that every process is sent (factors).",
-    "",
-    "The command fails if what was counted is not that. So the bytes of one device shrink as devices are added, and the number of calls",
-    "stays. For a decoder of seven billion parameters in float32 (32 blocks of width 4096) this is, of one step:",
-]
-MUON = [
-    "Muon: bytes that all processes receive ÷ bytes of all parameters, and the operations of the busiest process ÷ those of an even",
-    "share. There are four matrices a block, so with more processes than matrices some would have nothing to do.",
-    "",
-    "| processes | bytes | busiest |",
-    "|---|---|---|",
-]
-TIMES = [
-    "## What a step on pieces costs",
-    "",
-    "AdamW on 160 leaves, on two processes of one thread, each cut by rows: the time of a step ÷ that of the same step on plain tensors",
-    "of the size of the pieces, in one run. Eager {eager:.2f}, compiled and donated {compiled:.2f}.",
-]
+HEAD = """# What processes say to each other
+
+Made by `make collectives`. One step of a model of some blocks, each of four matrices and a bias, cut by rows (FSDP2's layout),
+float32. The calls are the same on all processes and at twice the depth. Bytes are what one process receives in the mean, at a
+depth of {depth}: of an `all_to_all` all that is not its own, of an `all_reduce` of n bytes 2 (W - 1) / W n, as in a ring.
+"""
+FORMULA = """
+With W processes a process receives in a step
+
+- of `all_reduce`: 2 (W - 1) / W · 8 bytes for each number that is summed, at most a few for each leaf;
+- of `all_to_all`: (W - 1) / W · e N / W, where N entries of e bytes go to their owners (the gradient; parameters and slots, where
+  a rule reads them) or come back (the update, slots); and (W - 1) / W · e M for M entries that every process is sent (factors).
+
+The command fails if what was counted is not that. So the bytes of one device shrink as devices are added, and the number of
+calls stays. For a decoder of seven billion parameters in float32 (32 blocks of width 4096) this is, of one step:
+"""
+MUON = """
+Muon: bytes that all processes receive ÷ bytes of all parameters, and the operations of the busiest process ÷ those of an even
+share. With more processes than matrices some have nothing to do.
+
+| processes | bytes | busiest |
+|---|---|---|"""
+TIMES = """
+## What a step on pieces costs
+
+AdamW on 160 leaves, on two processes of one thread, each leaf cut by rows: the time of a step ÷ that of the same step on plain
+tensors of the size of the pieces, in one run. Eager {eager:.2f}, compiled and donated {compiled:.2f}."""
 
 
 if __name__ == "__main__":

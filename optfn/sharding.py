@@ -6,6 +6,7 @@ is decided from global metadata, which is the same on all processes, so that non
 
 import dataclasses
 import functools
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,10 +21,12 @@ __all__ = [
     "NO_DERIVATIVE",
     "Exchange",
     "all_reduced",
+    "check_agreement",
     "cut",
     "entrywise",
     "gathered",
     "group_of",
+    "is_debugging",
     "is_sharded",
     "joint_extremes",
     "joint_norms",
@@ -221,6 +224,25 @@ def all_reduced(x: Tensor, group: Any, op: str = "sum") -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(NO_DERIVATIVE)
     return _waited(torch.ops._c10d_functional.all_reduce.default(x.detach().contiguous(), op, group.group_name))
+
+
+def is_debugging() -> bool:
+    """Whether torch's own switch, ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, asks for checks that cost time."""
+    distributed: Any = torch.distributed
+    return distributed.get_debug_level() == distributed.DebugLevel.DETAIL
+
+
+def check_agreement(said: str, homes: Iterable[Any], what: str) -> None:
+    """Raise on all processes if they do not say the same. It costs an all_reduce, and waits for it.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    digest = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")
+    away = [h for h in homes if is_sharded(h)]
+    low, high = all_reduced(torch.tensor([-digest, digest], device=away[0].device), group_of(away), "max").tolist()
+    if -low != high:
+        raise RuntimeError(f"processes differ in {what}; this one has {said}")
 
 
 NO_DERIVATIVE = (

@@ -16,7 +16,9 @@ from optfn.numerics import compute_dtype, real_dtype, widened_scalar
 from optfn.sharding import (
     Exchange,
     all_reduced,
+    check_agreement,
     group_of,
+    is_debugging,
     is_sharded,
     joint_norms,
     like,
@@ -124,6 +126,11 @@ def as_pieces(leaves: Leaves) -> Leaves:
         if is_sharded(home) and g is not None and g.shape != home.shape:
             raise ValueError(f"{_place(leaves, i)} must have an update of shape {tuple(home.shape)}, got {tuple(g.shape)}")
         grads.append(local(placed_as(g, home)))
+    if is_debugging():
+        paths = tree.paths(leaves.updates if leaves.params is None else leaves.params)
+        none = [path for path, g in zip(paths, leaves.grads, strict=True) if g is None]
+        said = f"None for {', '.join(map(repr, none))}" if none else "no None"
+        check_agreement(said, homes, "which updates are None")
     return leaves._replace(grads=grads, owners=[local(p) for p in leaves.owners], homes=homes)
 
 
@@ -329,7 +336,9 @@ class Owners:
         """What was computed of each leaf, as pieces; new slots come back to where the old ones lie."""
         found = [None if is_sharded(h) else x for x, h in zip(answers, self.homes, strict=True)]
         # What came may have been wider than the gradient; the answer is like it.
-        like = [None if g is None else torch.empty_like(x, dtype=g.dtype) for x, g in zip(self.pieces, self.given, strict=True)]
+        like: list[Any] = [
+            None if g is None else torch.empty_like(x, dtype=g.dtype) for x, g in zip(self.pieces, self.given, strict=True)
+        ]
         of = {id(keeper): before for keeper, before in zip(self.keepers, self.before, strict=True)}
         for exchange, some in self.exchanges:
             slots = self._slots(some)

@@ -380,3 +380,19 @@ def all_refused() -> None:
 
 def test_what_is_refused_is_refused_by_all() -> None:
     on_processes(all_refused, 4)
+
+
+def other_patterns() -> None:
+    lay, tx = distributed("fsdp"), adamw()
+    params, grads = lay(full_params()), lay(full_grads(0))
+    state = tx.init(params)
+    torch.distributed.set_debug_level(torch.distributed.DebugLevel.DETAIL)
+    tx.update({**grads, "b": None}, state, params)
+    gone = {"w": None} if torch.distributed.get_rank() == 2 else {}
+    said = "None for 'w'" if gone else "no None"
+    with pytest.raises(RuntimeError, match=f"processes differ in which updates are None; this one has {said}"):
+        tx.update({**grads, **gone}, state, params)
+
+
+def test_other_patterns_of_none_are_an_error_on_all_with_torchs_debug_switch() -> None:
+    on_processes(other_patterns, 4)

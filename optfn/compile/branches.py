@@ -24,10 +24,14 @@ class Branch:
     """One of two graphs, chosen by the first argument; the others are handed to both.
 
     What it gives is in memory of its own.
+
+    Attributes:
+        graphs: the two.
     """
 
     def __init__(self, taken: Graph, otherwise: Graph) -> None:
-        self.sides = [GraphModule({}, graph).forward for graph in (taken, otherwise)]
+        self.graphs = taken, otherwise
+        self.sides = [GraphModule({}, graph).forward for graph in self.graphs]
         results: list[Any] = [next(n for n in graph.nodes if n.op == "output").args[0] for graph in (taken, otherwise)]
         self.own = [[_is_own(given, i) for i in range(len(given))] for given in results]
         self.__name__ = f"branch_{next(_count)}"  # by which two of them differ

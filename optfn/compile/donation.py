@@ -47,7 +47,7 @@ def check_memory(arguments: dict[str, Any], donated: set[str]) -> None:
                 raise TypeError(f"donate: {_path(name, argument, i)!r} must be a dense tensor, got {kind}")
             if given and not _distinct(x):
                 raise ValueError(f"donate: {_path(name, argument, i)!r} is expanded: its entries share memory; donate x.clone()")
-            x = x._local_tensor if is_sharded(x) else x
+            x: Any = x._local_tensor if is_sharded(x) else x
             owner = (given, name, i)
             earlier = seen.setdefault(id(x), owner)
             if earlier is not owner and (given or earlier[0]):

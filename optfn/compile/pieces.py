@@ -53,5 +53,5 @@ def _world() -> Any:
 def is_collective(target: Any) -> bool:
     """Whether processes wait for each other in a call: all of them must make such calls, in one order."""
     if isinstance(target, Branch):
-        return any(is_collective(n.target) for side in target.sides for n in side.__self__.graph.nodes)
+        return any(is_collective(n.target) for graph in target.graphs for n in graph.nodes)
     return internals.is_collective(target)

@@ -128,8 +128,9 @@ def compile(
                 if call is not None and call[0].program is not None:
                     return call[0].run(call[1])
             if sharded:
-                if call is None or call[0].why is not None:
-                    warnings.warn(_AS_IT_IS.format(call[0].why if call else "its arguments are of a kind that is not known"), stacklevel=2)
+                why = "its arguments are of a kind that is not known" if call is None else call[0].why
+                if why is not None:
+                    warnings.warn(_AS_IT_IS.format(why), stacklevel=2)
                 return _eagerly(fn, donated, bound, args, kwargs)
             if call is not None and call[0].eager:
                 return _eagerly(fn, donated, bound, args, kwargs)

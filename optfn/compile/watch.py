@@ -35,7 +35,7 @@ class Watch(TorchFunctionMode):
         self.known: dict[Any, bool] = {}
 
     def argument(self, traced: Tensor, given: Tensor, piece_of: Any = None) -> Tensor:
-        """The traced tensor that stands for a given one, or for one of which it is this process's piece, to hand to the function."""
+        """The traced tensor that stands for a given one, or for one of which it is a piece, to hand to the function."""
         if piece_of is not None:
             traced, given = like(self.argument(traced, given), piece_of), piece_of
             traced.__class__ = _sharded_argument()
