@@ -39,7 +39,8 @@ def check_memory(arguments: dict[str, Any], donated: set[str]) -> None:
 
     for name, argument in arguments.items():
         given = name in donated
-        for i, x in enumerate(tree.flatten(argument)[0]):
+        leaves: list[Any] = [x._local_tensor if is_sharded(x) else x for x in tree.flatten(argument)[0]]
+        for i, x in enumerate(leaves):
             if x is None or (not given and (not isinstance(x, Tensor) or x.layout != torch.strided)):
                 continue
             if not isinstance(x, Tensor) or x.layout != torch.strided:
@@ -47,7 +48,6 @@ def check_memory(arguments: dict[str, Any], donated: set[str]) -> None:
                 raise TypeError(f"donate: {_path(name, argument, i)!r} must be a dense tensor, got {kind}")
             if given and not _distinct(x):
                 raise ValueError(f"donate: {_path(name, argument, i)!r} is expanded: its entries share memory; donate x.clone()")
-            x: Any = x._local_tensor if is_sharded(x) else x
             owner = (given, name, i)
             earlier = seen.setdefault(id(x), owner)
             if earlier is not owner and (given or earlier[0]):
