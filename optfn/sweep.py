@@ -57,6 +57,17 @@ class Extent(NamedTuple):
     Attributes:
         norm: the root of the sum of squares of its entries.
         numel: their number.
+
+    Example:
+        >>> def scale_by_size():
+        ...     def update(g, slots, p, step, extents):
+        ...         return g / extents[0].rms(), slots
+        ...     return optfn.leafwise(lambda p: (), update, norms=lambda g, p: (g,))
+        >>> tx, g = scale_by_size(), torch.tensor([1.0, -7.0])
+        >>> tx.update(g, tx.init(g))[0]
+        tensor([ 0.2000, -1.4000])
+        >>> Extent(torch.tensor(6.0), 9).rms()
+        tensor(2.)
     """
 
     norm: Tensor
