@@ -44,6 +44,10 @@ class Leaves(NamedTuple):
     spec: Any
     homes: list[Any] | None = None
 
+    def laid_out(self) -> list[Any]:
+        """The gradients as tensors that lie where their parameters do."""
+        return self.grads if self.homes is None else [like(g, home) for g, home in zip(self.grads, self.homes, strict=True)]
+
 
 Each = Callable[..., Tensor]
 """What happens to one leaf, by its number, gradient and parameter; and with extents that it needs of all processes."""

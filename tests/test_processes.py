@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import optfn
+from optfn.sharding import with_dims
 
 STEPS = 5
 VALUES = [1.5, 1.2, 1.3, 1.4, 0.9]
@@ -47,10 +48,8 @@ def aliases() -> dict[str, Callable[[], optfn.GradientTransformation]]:
 ELSEWHERE = {
     "muon": "below, in a partition: it takes matrices alone",
     "galore": "test_what_is_refused",
-    "lbfgs": "test_what_is_refused",
     "sparse_adam": "takes sparse gradients, which DTensor has not",
-    "dpsgd": "takes the gradients of examples",
-    "sophia": "takes a function",
+    "dpsgd": "below: it takes the gradients of examples",
 }
 
 WRAPPERS: dict[str, Callable[[], optfn.GradientTransformation]] = {
@@ -123,8 +122,37 @@ WRAPPERS["coupled, of one leaf, which three processes do not own"] = lambda: opt
     by_the_largest_entries(), lambda path, p: path == "w"
 )
 
+WRAPPERS["add_noise between rules of whole leaves"] = lambda: optfn.chain(
+    optfn.scale_by_factored_rms(), optfn.add_noise(0.01, 0.5, key=7), optfn.scale_by_factored_rms(), optfn.sgd(0.1)
+)
+
 EXTRA = {"momo", "momo_adam", "polyak_sgd", "reduce_on_plateau"}
-ALL = {**aliases(), **WRAPPERS}
+
+
+def loss(params: dict[str, Any]) -> Tensor:
+    """A function of all entries, none of which is by itself."""
+    wholes = [x.full_tensor() if isinstance(x, DTensor) else x for x in params.values() if x is not None]
+    total = sum((x.sum() for x in wholes), torch.zeros((), dtype=torch.float64))
+    return sum(((x.square() + x.pow(4) / 8 + x * x.cos()).sum() for x in wholes), total.square() / 50)
+
+
+WRAPPERS["dpsgd"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=7, momentum=0.9)
+WRAPPERS["dpsgd, batch_size"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=7, batch_size=3)
+
+# What is handed the gradient of a function, and the function.
+SEARCHES: dict[str, Callable[[], optfn.GradientTransformation]] = {
+    "sophia": lambda: optfn.sophia(0.1, update_interval=2, gamma=0.1),
+    "sophia, masked": lambda: optfn.masked(optfn.sophia(0.1, update_interval=2, gamma=0.1), is_matrix),
+    "lbfgs, strong_wolfe": lambda: optfn.lbfgs(line_search_fn="strong_wolfe", history_size=3),
+    "lbfgs, history of 2": lambda: optfn.lbfgs(0.5, history_size=2),
+    "scale_by_lbfgs": lambda: optfn.chain(
+        optfn.scale_by_lbfgs(3), optfn.scale(-1.0), optfn.scale_by_zoom_linesearch(15, initial_guess_strategy="one")
+    ),
+    "backtracking": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15)),
+    "backtracking, store_grad": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15, store_grad=True)),
+    "zoom": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_zoom_linesearch(15)),
+}
+ALL = {**aliases(), **WRAPPERS, **SEARCHES}
 
 
 def difference(x: Any, y: Any) -> float:
@@ -147,9 +175,17 @@ def check(name: str, layout: str, lay: Callable[[Any], Any]) -> float:
     for step in range(STEPS):
         grads = full_grads(step)
         extra = {"value": VALUES[step]} if name in EXTRA else {}
-        updates, state = tx.update(grads, state, params, **extra)
+        given, laid, more = grads, lay(grads), extra
+        if name == "dpsgd":
+            each = [full_grads(k) for k in range(step, step + 3)]
+            given = {leaf: torch.stack([g[leaf] for g in each]) for leaf in SHAPES}
+            laid = {leaf: stacked([lay(g)[leaf] for g in each]) for leaf in SHAPES}
+        if name in SEARCHES:
+            (value, given), (same, laid) = (optfn.tree.value_and_grad(loss)(p) for p in (params, pieces))
+            extra, more = ({"value": f, "grad": g, "value_fn": loss, "obj_fn": loss} for f, g in ((value, given), (same, laid)))
+        updates, state = tx.update(given, state, params, **extra)
         params = optfn.apply_updates(params, updates)
-        updates, other = tx.update(lay(grads), other, pieces, **extra)
+        updates, other = tx.update(laid, other, pieces, **more)
         pieces = optfn.apply_updates(pieces, updates)
         assert optfn.tree.map(layout_of, pieces) == at
         for leaf, u in updates.items():
@@ -157,7 +193,26 @@ def check(name: str, layout: str, lay: Callable[[Any], Any]) -> float:
         for path, x in zip(optfn.tree.paths(other), optfn.tree.flatten(other)[0], strict=True):
             shaped = [leaf for leaf in SHAPES if path.endswith("." + leaf) and x is not None and x.shape == SHAPES[leaf] != ()]
             assert all(layout_of(x) == at[leaf] for leaf in shaped), path
-    return difference((params, state), (pieces, other))
+    return difference((params, in_trees(state, params)), (pieces, other))
+
+
+def stacked(tensors: list[Any]) -> Any:
+    if not isinstance(tensors[0], DTensor):
+        return torch.stack(tensors)
+    return with_dims(torch.stack([x.to_local() for x in tensors]), tensors[0], 1)
+
+
+def in_trees(state: Any, params: dict[str, Tensor]) -> Any:
+    """A state of ``lbfgs`` as it is of leaves that lie on several processes, with trees in the place of vectors."""
+    if not isinstance(state, optfn.LbfgsState):
+        return state
+
+    def of(x: Tensor) -> dict[str, Tensor]:
+        names = optfn.tree.paths(params)
+        parts = x.split([params[name].numel() for name in names], -1)
+        return {name: part.reshape(x.shape[:-1] + params[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    return state._replace(last_grad=of(state.last_grad), last_step=of(state.last_step), s=of(state.s), y=of(state.y))
 
 
 def all_on(layout: str) -> dict[str, float]:
@@ -330,13 +385,7 @@ def test_what_is_communicated_does_not_grow_with_the_depth() -> None:
 
 REFUSED: dict[str, tuple[Callable[[], optfn.GradientTransformation], str]] = {
     "galore": (lambda: optfn.galore(0.1, 1), "scale_by_galore: 'w' lies on several processes"),
-    "lbfgs": (optfn.lbfgs, "lbfgs: 'w' lies on several processes"),
-    "scale_by_lbfgs": (optfn.scale_by_lbfgs, "scale_by_lbfgs: 'w' lies on several processes"),
     "flatten": (lambda: optfn.flatten(adamw()), "flatten: 'w' lies on several processes"),
-    "sophia": (lambda: optfn.sophia(0.1), "hutchinson_estimator_diag_hessian: 'w' lies on several processes"),
-    "dpsgd": (lambda: optfn.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.1, key=7), "aggregate: 'w' lies on several processes"),
-    "backtracking": (lambda: optfn.scale_by_backtracking_linesearch(3), "linesearch: 'w' lies on several processes"),
-    "zoom": (lambda: optfn.scale_by_zoom_linesearch(3), "linesearch: 'w' lies on several processes"),
 }
 
 
