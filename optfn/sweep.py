@@ -5,7 +5,7 @@ here. One that needs norms gets those of all leaves by one all_reduce. For one t
 which is sent the pieces and sends back the answer, in two all_to_all for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -339,6 +339,22 @@ class Owners:
             for f, x in enumerate(keeper.now[i])
             if isinstance(x, Tensor)
         ]
+
+    def told(self, answers: Mapping[int, Sequence[Tensor]], likes: Mapping[int, Sequence[Tensor]]) -> dict[int, Sequence[Tensor]]:
+        """What was computed of each leaf, by its number, on every process, whole.
+
+        Args:
+            answers: tensors of each leaf that this process owns.
+            likes: of each leaf what they are like.
+        """
+        found = dict(answers)
+        for exchange, some in self.exchanges:
+            items = [
+                (k, x, here, True) for k, i in enumerate(some) for x, here in zip(answers.get(i, likes[i]), likes[i], strict=True)
+            ]
+            new = iter(exchange.from_owners(items))
+            found |= {i: [next(new) for _ in likes[i]] for i in some}
+        return found
 
     def sent_back(self, answers: list[Any]) -> list[Any]:
         """What was computed of each leaf, as pieces; new slots come back to where the old ones lie."""

@@ -47,7 +47,7 @@ def aliases() -> dict[str, Callable[[], optfn.GradientTransformation]]:
 
 ELSEWHERE = {
     "muon": "below, in a partition: it takes matrices alone",
-    "galore": "test_what_is_refused",
+    "galore": "below, with a rank",
     "sparse_adam": "takes sparse gradients, which DTensor has not",
     "dpsgd": "below: it takes the gradients of examples",
 }
@@ -136,6 +136,10 @@ def loss(params: dict[str, Any]) -> Tensor:
     return sum(((x.square() + x.pow(4) / 8 + x * x.cos()).sum() for x in wholes), total.square() / 50)
 
 
+WRAPPERS["galore"] = lambda: optfn.galore(0.1, 2, 2, weight_decay=0.1)
+WRAPPERS["galore, masked"] = lambda: optfn.masked(
+    optfn.scale_by_galore(1, 3, base_optimizer=optfn.chain(optfn.trace(0.9), optfn.clip_by_global_norm(0.1))), is_matrix
+)
 WRAPPERS["dpsgd"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=7, momentum=0.9)
 WRAPPERS["dpsgd, batch_size"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=7, batch_size=3)
 
@@ -230,6 +234,35 @@ def all_on(layout: str) -> dict[str, float]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_transformation_is_that_of_one_process(layout: str) -> None:
     for found in on_processes(all_on, 4, layout, seconds=500):
+        assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
+
+
+def searched(layout: str) -> dict[str, float]:
+    """Loops whose control flow goes by numbers, which are to be the same on all processes."""
+    import torch.distributed as dist
+
+    lay, found = distributed(layout), {}
+    for name in ("lbfgs, strong_wolfe", "zoom"):
+        alone, together = (optfn.minimize(loss, p, SEARCHES[name](), max_steps=8) for p in (full_params(), lay(full_params())))
+        assert (alone.reason, alone.steps, alone.evals) == (together.reason, together.steps, together.evals)
+        found[name] = difference((alone.params, alone.value), (together.params, together.value))
+
+    # Each process has the loss of its share of a batch: what they decide by is the mean.
+    tx, params, pieces = SEARCHES["backtracking"](), full_params(), lay(full_params())
+    state, other, share = tx.init(params), tx.init(pieces), 1 + (dist.get_rank() - 1.5) / 2
+    with torch.no_grad():
+        for _ in range(STEPS):
+            (value, grad), (_, laid) = (optfn.tree.value_and_grad(loss)(p) for p in (params, pieces))
+            updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+            mine = {"value": share * value, "value_fn": lambda p: share * loss(p)}
+            laid, other = tx.update(laid, other, pieces, grad=laid, **mine)
+            params, pieces = optfn.apply_updates(params, updates), optfn.apply_updates(pieces, laid)
+    return found | {"shares": difference((params, state), (pieces, other))}
+
+
+@pytest.mark.slow
+def test_loops_that_go_by_numbers_go_the_same_way_on_all_processes() -> None:
+    for found in on_processes(searched, 4, "hsdp"):
         assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
 
 
@@ -351,6 +384,11 @@ COUNTS: dict[str, tuple[Callable[[], optfn.GradientTransformation], dict[str, in
     "accumulate": (WRAPPERS["accumulate"], {"all_reduce": 1}),
     "adafactor": (optfn.adafactor, {"all_to_all": 2}),
     "muon, adamw": (WRAPPERS["muon"], {"all_to_all": 2}),
+    "noisy_sgd": (lambda: optfn.noisy_sgd(0.1, key=7), {}),
+    "dpsgd, batch_size": (WRAPPERS["dpsgd, batch_size"], {}),
+    "galore": (WRAPPERS["galore"], {"all_to_all": 2}),
+    "lbfgs": (optfn.lbfgs, {"all_reduce": 4}),
+    "scale_by_lbfgs": (optfn.scale_by_lbfgs, {"all_reduce": 3}),
 }
 
 
@@ -384,8 +422,7 @@ def test_what_is_communicated_does_not_grow_with_the_depth() -> None:
 # What is refused, by all processes alike
 
 REFUSED: dict[str, tuple[Callable[[], optfn.GradientTransformation], str]] = {
-    "galore": (lambda: optfn.galore(0.1, 1), "scale_by_galore: 'w' lies on several processes"),
-    "flatten": (lambda: optfn.flatten(adamw()), "flatten: 'w' lies on several processes"),
+    "flatten": (lambda: optfn.flatten(adamw()), "flatten: 'w' lies on several processes, .* run the transformation without it"),
 }
 
 
@@ -422,6 +459,13 @@ def all_refused() -> None:
     wide = distribute_tensor(torch.ones(4, 7).double(), params["w"].device_mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"a piece of shape \(1, 7\) became one of \(4, 7\)"):
         optfn.tree.where(torch.ones(4, 1, dtype=torch.bool), wide, wide)
+    cut = {"w": distribute_tensor(torch.ones(4, 7, 4).double(), params["w"].device_mesh, [Shard(0)])}
+    with pytest.raises(TypeError, match="'w' is cut in its first dimension, that of the examples"):
+        optfn.per_example_global_norm_clip(cut, 1.0)
+    for make in (optfn.lbfgs, optfn.scale_by_lbfgs):
+        elsewhere = make().init(full_params())
+        with pytest.raises(ValueError, match="lbfgs: the state does not lie on the processes as the leaves do"):
+            make().update(params, elsewhere, params)
     recorded = {name: x.detach().requires_grad_() for name, x in params.items()}
     with pytest.raises(RuntimeError, match="no derivative through what several processes compute together"):
         optfn.clip_by_global_norm(1.0).update(recorded, (), params)

@@ -11,9 +11,10 @@ from optfn import tree
 from optfn.checks import alias, check_state, integer, number, require, scalar_or_schedule
 from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
-from optfn.numerics import Scalar, as_real, norm, ratio, ravel, unravel
+from optfn.numerics import Scalar, norm, ratio, unravel
 from optfn.schedules import ScalarOrSchedule, as_time
-from optfn.sharding import Shares, has_dims_more, like, local, placed_as, with_dims
+from optfn.sharding import like, local, with_dims
+from optfn.vectors import Vectors
 
 __all__ = ["LbfgsState", "ScaleByLBFGSState", "lbfgs", "scale_by_lbfgs"]
 
@@ -162,7 +163,7 @@ def lbfgs(
     def init(params: Any) -> LbfgsState:
         params_checked.init(params)
         leaves, spec = tree.flatten(params)
-        vectors = _Vectors("lbfgs", leaves, spec)
+        vectors = Vectors("lbfgs", leaves, spec)
         zero = torch.zeros_like(vectors.of(leaves))
         history = zero.new_zeros(history_size, len(zero))
         count = torch.zeros((), dtype=torch.int64, device=zero.device)
@@ -184,7 +185,7 @@ def lbfgs(
     ) -> tuple[Any, LbfgsState]:
         check_state("lbfgs", state, LbfgsState)
         grads, spec = gathered(updates, params)
-        vectors = _Vectors("lbfgs", grads, spec)
+        vectors = Vectors("lbfgs", grads, spec)
         counted, totals = vectors.counted, vectors.shares.totals
         last_grad, last_step, s, y = map(vectors.read, (state.last_grad, state.last_step, state.s, state.y))
         g = vectors.of(grads, last_grad)
@@ -320,7 +321,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
 
     def init(params: Any) -> ScaleByLBFGSState:
         params_checked.init(params)
-        vector = _Vectors("scale_by_lbfgs", *tree.flatten(params)).of(tree.leaves(params))
+        vector = Vectors("scale_by_lbfgs", *tree.flatten(params)).of(tree.leaves(params))
         zeros = [tree.zeros_like(params) for _ in range(2)]
 
         def rows(p: Tensor) -> Tensor:
@@ -336,7 +337,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
             return updates, state
         kept = zip(state._fields[1:5], state[1:5], strict=True)
         owners, before, last, *memory = (tree.match(spec, x, name, "updates") for name, x in (("params", params), *kept))
-        vectors = _Vectors("scale_by_lbfgs", owners, spec)
+        vectors = Vectors("scale_by_lbfgs", owners, spec)
         counted, totals = vectors.counted, vectors.shares.totals
         here = [i for i, p in enumerate(owners) if p is not None]
         for i in here:
@@ -382,70 +383,8 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
     return transformation(init, update)
 
 
-class _Vectors:
-    """All leaves as one vector; of those that lie on several processes the entries that are here."""
-
-    def __init__(self, owner: str, homes: list[Any], spec: Any) -> None:
-        self.owner, self.homes, self.spec = owner, homes, spec
-        self.present = [h for h in homes if h is not None]
-        self.shares = Shares(self.present)
-        self.weights: Any = 1.0
-        if self.shares.group is not None:
-            sizes = [as_real(local(h)).numel() for h in self.present]
-            parts = zip(self.present, sizes, self.shares.parts, strict=True)
-            self.weights = torch.cat([local(h).new_full((n,), 1 / count, dtype=torch.float64) for h, n, count in parts])
-
-    def counted(self, x: Tensor) -> Tensor:
-        """A vector to sum over processes: an entry that several of them have counts once."""
-        return x if self.shares.group is None else x * self.weights.to(x.dtype)
-
-    def of(self, tensors: list[Any], like: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The entries of leaves, with the dtype and the length of ``like`` if it is given."""
-        found = [x for x in tensors if x is not None]
-        if len(devices := {x.device for x in found}) > 1:
-            raise ValueError(f"{self.owner}: the leaves must be on one device, got {', '.join(sorted(map(str, devices)))}")
-        if self.shares.group is not None:
-            found = [local(placed_as(x, h)) for x, h in zip(found, self.present, strict=True)]
-        vector = ravel(found, dtype if like is None else like.dtype)
-        if like is not None and vector.shape != like.shape:
-            said = f"the updates have {len(vector)} entries, the state is of {len(like)}"
-            raise ValueError(f"{self.owner}: {said}; where some are None pass the params too")
-        return vector
-
-    def leaves(self, x: Tensor) -> Any:
-        """The inverse: a tree laid out as the leaves."""
-        return self.laid_out(unravel(x, [local(h) for h in self.homes]), x.ndim - 1)
-
-    def laid_out(self, parts: list[Any], count: int) -> Any:
-        """A tree of what has the shapes of the leaves, but for ``count`` dimensions in front."""
-        return tree.unflatten(self.spec, [with_dims(part, h, count) for part, h in zip(parts, self.homes, strict=True)])
-
-    def kept(self, x: Tensor) -> Any:
-        """A vector, or rows of them, as the state has them."""
-        if self.shares.group is None:
-            return x
-        return self.laid_out(unravel(x, [None if h is None else _wide(local(h), x.dtype) for h in self.homes]), x.ndim - 1)
-
-    def read(self, kept: Any, dtype: torch.dtype | None = None, *, always: bool = False) -> Tensor:
-        """The inverse; of rows in trees ``always``, also where no leaf lies on several processes."""
-        if self.shares.group is None and not always:
-            return kept
-        found = tree.flatten(kept)[0]
-        pairs = [(x, h) for x, h in zip(found, self.homes, strict=False) if h is not None]
-        if len(found) != len(self.homes) or not all(has_dims_more(x, h, x.ndim - h.ndim) for x, h in pairs):
-            raise ValueError(
-                f"{self.owner}: the state does not lie on the processes as the leaves do: make it with tx.init(params)"
-            )
-        return torch.cat([as_real(local(x)).unsqueeze(-1).flatten(x.ndim - h.ndim).to(dtype) for x, h in pairs], -1)
-
-
-def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What has the shape of a tensor, and the dtype that its entries have in a vector."""
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype), device="meta")
-
-
 def _direction(
-    g: Tensor, sg: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Any, pairs: Tensor, vectors: _Vectors
+    g: Tensor, sg: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Any, pairs: Tensor, vectors: Vectors
 ) -> Tensor:
     """The two loops. A pair that is not there yet is zeros, with a product of 1, and adds nothing. ``sg`` is S g.
 

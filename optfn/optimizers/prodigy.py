@@ -1,5 +1,6 @@
 """Adam whose learning rate is found from the distance to the start: Prodigy and D-Adaptation."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -143,16 +144,9 @@ def scale_by_prodigy(
         return shared.last_estim_lr * size * (direction + weight_decay * p if decays else direction), slots
 
     start: Any = EstimateShared(1.0 * d0, 0.0, 0.0)  # type: ignore[arg-type]
+    marks = partial(chosen, mask)
     return coupled(
-        init,
-        measure,
-        decide,
-        update,
-        shared=start,
-        elementwise=True,
-        at_step=at_step,
-        needs_params=True,
-        per_leaf=lambda params: chosen(mask, params),
+        init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True, per_leaf=marks
     )
 
 
@@ -231,16 +225,9 @@ def scale_by_dadapt_adamw(
         return direction + shared.last_estim_lr * size * weight_decay * p if decays else direction, slots
 
     start: Any = EstimateShared(1.0 * d0, 0.0, 0.0)  # type: ignore[arg-type]
+    marks = partial(chosen, mask)
     return coupled(
-        init,
-        measure,
-        decide,
-        update,
-        shared=start,
-        elementwise=True,
-        at_step=at_step,
-        needs_params=True,
-        per_leaf=lambda params: chosen(mask, params),
+        init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True, per_leaf=marks
     )
 
 

@@ -809,15 +809,15 @@ def new_count(params: Any) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=next((p.device for p in leaves(params)), None))
 
 
-def check_here(owner: str, params: Any) -> None:
+def check_here(owner: str, params: Any, advice: str = "pass whole tensors") -> None:
     """Raise a TypeError if a leaf lies on several processes, for what takes no such leaves.
 
     Example:
-        >>> check_here("lbfgs", {"w": torch.ones(2)})
+        >>> check_here("flatten", {"w": torch.ones(2)})
     """
     for path, p in zip(paths(params), flatten(params)[0], strict=True):
         if is_sharded(p):
-            raise TypeError(f"{owner}: {path!r} lies on several processes, which {owner} does not take: pass whole tensors")
+            raise TypeError(f"{owner}: {path!r} lies on several processes, which {owner} does not take: {advice}")
 
 
 def checked(tree: Any, name: str) -> tuple[list[Any], Any]:
