@@ -630,7 +630,7 @@ def test_every_public_transformation_has_a_row() -> None:
 PACKAGE = Path(optfn.__file__).parent
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 GROUPS = [
-    {"numerics", "sharding", "random", "tree", "checks", "sweep"},
+    {"numerics", "sharding", "random", "tree", "checks", "sweep", "vectors"},
     {"core", "microbatching", "projections", "second_order"},
     {"leafwise", "matrices"},
     {"schedules"},

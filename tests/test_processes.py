@@ -266,6 +266,51 @@ def test_loops_that_go_by_numbers_go_the_same_way_on_all_processes() -> None:
         assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
 
 
+def fitted(model: Any, x: Tensor, y: Tensor, group: Any) -> list[Any]:
+    """A model whose loss each process has of its share of a batch: by minimize, then by an optimizer with a closure."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def value_and_grad(params: Any) -> tuple[Tensor, Any]:
+        optfn.interop.write_to_module(model, params)
+        model.zero_grad()
+        value = (model(x) - y).square().mean()
+        value.backward()
+        return value.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    tx = optfn.lbfgs(line_search_fn="strong_wolfe", history_size=4)
+    found = optfn.minimize(value_and_grad, start, tx, value_and_grad=True, max_steps=6).params
+    optfn.interop.write_to_module(model, start)
+    optimizer = optfn.interop.TorchOptimizer(
+        model.named_parameters(), optfn.lbfgs, lr=1.0, line_search_fn="strong_wolfe", max_iter=6, process_group=group
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = (model(x) - y).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return [found, {name: p.detach() for name, p in model.named_parameters()}]
+
+
+def sharded_fit() -> float:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (7, 2))
+    model, rank = net(), dist.get_rank()
+    for layer in (model.first, model.last, model):
+        fully_shard(layer)
+    return difference(fitted(net(), x, y, "self"), fitted(model, x.chunk(4)[rank], y.chunk(4)[rank], dist.group.WORLD))
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_fitted_by_lbfgs_as_on_one_process() -> None:
+    assert max(on_processes(sharded_fit, 4)) <= 1e-10
+
+
 # TorchOptimizer
 
 

@@ -136,7 +136,8 @@ def scale_by_sophia(
     it is that of the entries of the updates below ``clip_threshold``.
 
     An estimate costs two to three gradients, and is made only when it is due, compiled by :func:`optfn.compile` too, see
-    :func:`optfn.tree.cond`. Each process makes its own: average them in a ``hessian_diagonal_fn`` of yours.
+    :func:`optfn.tree.cond`. Each process makes its own of its
+    ``obj_fn``: give one of the loss of all, or average them in a ``hessian_diagonal_fn`` of yours.
 
     Args:
         b1: :math:`\beta_1` in ``[0, 1)``.
