@@ -147,12 +147,10 @@ WRAPPERS["dpsgd, batch_size"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise
 SEARCHES: dict[str, Callable[[], optfn.GradientTransformation]] = {
     "sophia": lambda: optfn.sophia(0.1, update_interval=2, gamma=0.1),
     "sophia, masked": lambda: optfn.masked(optfn.sophia(0.1, update_interval=2, gamma=0.1), is_matrix),
-    "lbfgs, strong_wolfe": lambda: optfn.lbfgs(line_search_fn="strong_wolfe", history_size=3),
-    "lbfgs, history of 2": lambda: optfn.lbfgs(0.5, history_size=2),
+    "lbfgs, strong_wolfe": lambda: optfn.lbfgs(line_search_fn="strong_wolfe", history_size=2),
     "scale_by_lbfgs": lambda: optfn.chain(
         optfn.scale_by_lbfgs(3), optfn.scale(-1.0), optfn.scale_by_zoom_linesearch(15, initial_guess_strategy="one")
     ),
-    "backtracking": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15)),
     "backtracking, store_grad": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15, store_grad=True)),
     "zoom": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_zoom_linesearch(15)),
 }
@@ -248,7 +246,8 @@ def searched(layout: str) -> dict[str, float]:
         found[name] = difference((alone.params, alone.value), (together.params, together.value))
 
     # Each process has the loss of its share of a batch: what they decide by is the mean.
-    tx, params, pieces = SEARCHES["backtracking"](), full_params(), lay(full_params())
+    tx = optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15))
+    params, pieces = full_params(), lay(full_params())
     state, other, share = tx.init(params), tx.init(pieces), 1 + (dist.get_rank() - 1.5) / 2
     with torch.no_grad():
         for _ in range(STEPS):
