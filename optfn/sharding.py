@@ -254,6 +254,10 @@ class Shares:
     Attributes:
         group: the processes on which these tensors have pieces; None where all tensors are plain.
         parts: of each tensor, how many processes add the same.
+
+    Example:
+        >>> Shares([torch.ones(2)]).totals(torch.tensor(3.0), torch.ones(2))
+        [tensor(3.), tensor([1., 1.])]
     """
 
     def __init__(self, homes: Sequence[Any]) -> None:

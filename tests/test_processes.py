@@ -265,6 +265,46 @@ def test_loops_that_go_by_numbers_go_the_same_way_on_all_processes() -> None:
         assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
 
 
+def of_other_leaves(layout: str) -> dict[str, float]:
+    """Complex leaves, and leaves that sit a step out, where entries of all leaves are taken together or drawn."""
+    lay, found = distributed(layout), {}
+
+    def complex_too(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {name: torch.complex(x, x.cos()) if name in ("w", "b") else x for name, x in leaves.items()}
+
+    def size(params: dict[str, Any]) -> Tensor:
+        wholes = [x.full_tensor() if isinstance(x, DTensor) else x for x in params.values()]
+        return sum(((x.abs() ** 2 + x.abs() ** 4 / 8).sum() for x in wholes), torch.zeros((), dtype=torch.float64))
+
+    for name in ("lbfgs, strong_wolfe", "scale_by_lbfgs", "sophia", "noisy_sgd"):
+        tx, params, pieces = ALL[name](), complex_too(full_params()), lay(complex_too(full_params()))
+        state, other = tx.init(params), tx.init(pieces)
+        for step in range(3):
+            (value, given), (same, laid) = (optfn.tree.value_and_grad(size)(p) for p in (params, pieces))
+            if step == 1:
+                given, laid = ({**g, "deep.w": None} for g in (given, laid))
+            with torch.no_grad():
+                more = [{"value": f, "grad": g, "value_fn": size, "obj_fn": size} for f, g in ((value, given), (same, laid))]
+                updates, state = tx.update(given, state, params, **more[0])
+                moved, other = tx.update(laid, other, pieces, **more[1])
+                params, pieces = optfn.apply_updates(params, updates), optfn.apply_updates(pieces, moved)
+        real = lambda leaves: optfn.tree.map(lambda x: torch.view_as_real(x) if x.is_complex() else x, whole(leaves))  # noqa: E731
+        found[name] = difference(real(params), real(pieces))
+
+    key, params = optfn.random.key(7), full_params()
+    for sampler in (optfn.random.uniform, lambda key, shape, dtype: optfn.random.uniform(key, shape, dtype)):
+        numbers = optfn.tree.random_like(key, lay(params), sampler)
+        assert optfn.tree.map(layout_of, numbers) == optfn.tree.map(layout_of, lay(params))
+        found["random_like"] = difference(optfn.tree.random_like(key, params, sampler), numbers)
+    return found
+
+
+@pytest.mark.slow
+def test_complex_leaves_and_absent_ones() -> None:
+    for found in on_processes(of_other_leaves, 4, "tp+fsdp"):
+        assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
+
+
 def fitted(model: Any, x: Tensor, y: Tensor, group: Any) -> list[Any]:
     """A model whose loss each process has of its share of a batch: by minimize, then by an optimizer with a closure."""
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -433,6 +473,7 @@ COUNTS: dict[str, tuple[Callable[[], optfn.GradientTransformation], dict[str, in
     "galore": (WRAPPERS["galore"], {"all_to_all": 2}),
     "lbfgs": (optfn.lbfgs, {"all_reduce": 4}),
     "scale_by_lbfgs": (optfn.scale_by_lbfgs, {"all_reduce": 3}),
+    "zoom, the start and one trial": (lambda: optfn.scale_by_zoom_linesearch(1), {"all_reduce": 2}),
 }
 
 
@@ -443,9 +484,9 @@ def counted(name: str, depth: int) -> Counter[str]:
     tx = COUNTS[name][0]()
     with torch.no_grad():
         state = tx.init(params)
-        _, state = tx.update(params, state, params)
+        _, state = tx.update(params, state, params, value=1.0, grad=params, value_and_grad_fn=lambda p: (1.0, p))
         with CommDebugMode() as mode:
-            updates, _ = tx.update(params, state, params)
+            updates, _ = tx.update(params, state, params, value=1.0, grad=params, value_and_grad_fn=lambda p: (1.0, p))
             optfn.apply_updates(params, updates)
     found: Counter[str] = Counter()
     for op, count in mode.get_comm_counts().items():
