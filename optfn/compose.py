@@ -15,6 +15,7 @@ __all__ = [
     "MaskedState",
     "PartitionState",
     "chain",
+    "chosen",
     "followed_by",
     "freeze",
     "masked",
@@ -356,6 +357,20 @@ def negate_if(flag: bool) -> GradientTransformation:
         tensor([-1.])
     """
     return stateless_with_tree_map(lambda g, p: -g, sparse="values") if flag else chain()
+
+
+def chosen(mask: Mask | None, like: Any) -> list[bool | None]:
+    """Whether a mask has True for each leaf of a tree, None for a leaf that is None; for all of them where there is no mask.
+
+    Raises:
+        ValueError: the mask's structure is no prefix of the tree's.
+        TypeError: an entry of the mask is no bool.
+
+    Example:
+        >>> chosen(lambda path, p: p.ndim >= 2, {"w": torch.ones(1, 1), "b": torch.ones(1), "c": None})
+        [False, None, True]
+    """
+    return tree.flatten(_resolve(True if mask is None else mask, like, "mask", bool))[0]
 
 
 def _like_params(updates: Any, params: Any) -> Any:

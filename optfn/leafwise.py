@@ -6,7 +6,7 @@ half precision in float32, sparse gradients, and the errors, which name the leaf
 
 import dis
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,6 +108,7 @@ def leafwise(
     needs_params: bool = False,
     sparse: Sparse = "error",
     complex_: Complex = "real",
+    per_leaf: Callable[[Any], list[Any]] | None = None,
 ) -> GradientTransformation:
     """Lift a rule for one tensor to trees of tensors.
 
@@ -134,6 +135,8 @@ def leafwise(
             first; or its ``"values"`` as they lie there, not summed, which a linear rule that does not read ``p`` may take.
         complex_: what a complex tensor is to the rule: its ``"real"`` view, or an ``"error"``, where the last dimension of that
             view would be one dimension too many.
+        per_leaf: what of the rule depends on which leaf it is, such as whether it decays: called with the parameters, or with the
+            updates where none are given, it gives an entry for each leaf, which the rule is handed after ``step``.
 
     Returns:
         A transformation with a :class:`LeafwiseState`.
@@ -165,8 +168,12 @@ def leafwise(
             check_state(rule_name(update), state, LeafwiseState)
 
     def begin(leaves: Leaves, state: LeafwiseState) -> Sweep:
-        each = _Pass(lift, at_step, leaves, state)
-        return lift.sweep(leaves, each.each, lambda: LeafwiseState(each.step, each.slots()), each)
+        sweep = _Pass(lift, at_step, leaves, state)
+        each = sweep.each
+        if per_leaf is not None:
+            of = _marks(per_leaf, leaves)
+            each = lambda i, g, p, **known: sweep.each(i, g, p, shared=(of[i],), **known)  # noqa: E731
+        return lift.sweep(leaves, each, lambda: LeafwiseState(sweep.step, sweep.slots()), sweep)
 
     def first(params: Any) -> LeafwiseState:
         return LeafwiseState(*_first_state(init, params, complex_, lift.needs))
@@ -200,6 +207,7 @@ def coupled(
     needs_params: bool = False,
     extra: tuple[str, ...] = (),
     complex_: Complex = "real",
+    per_leaf: Callable[[Any], list[Any]] | None = None,
 ) -> GradientTransformation:
     """Lift a rule for one tensor that needs sums over all of them: distances, products of gradients, norms.
 
@@ -226,6 +234,7 @@ def coupled(
             or 0-dim tensors, which it is handed as tensors of the dtype of the sums. Where leaves lie on several processes it is
             handed the mean of what these were given.
         complex_: as in :func:`leafwise`.
+        per_leaf: as in :func:`leafwise`; ``update`` alone is handed its leaf's entry, after ``shared``.
 
     Returns:
         A transformation with a :class:`CoupledState`.
@@ -273,35 +282,71 @@ def coupled(
         if all(g is None for g in leaves.grads):
             return tree.unflatten(leaves.spec, leaves.grads), state
         sweep = _Pass(lift, at_step, leaves, state)
-        owners = None
-        grads, params_, mine = leaves.grads, leaves.owners, [i for i, g in enumerate(leaves.grads) if g is not None]
-        if leaves.homes is not None and not elementwise:
-            owners = Owners([sweep], leaves, leaves.grads, reads=needs_params or _reads(measure, 2) or _reads(update, 2))
-            grads, params_, mine = owners.grads, owners.params, owners.mine
-        contributed: list[Any] = [sweep.each(i, grads[i], params_[i], measure, (state.shared,), last=False) for i in mine]
-        rows = [torch.stack(x).to(sweep.step.device) for x in contributed]
-        if leaves.homes is None:
-            wide = compute_dtype(*rows)
-            totals, numbers = torch.stack([x.to(wide) for x in rows]).sum(0).unbind(), [given[name] for name in extra]
-        else:
-            wide = real_dtype(compute_dtype(*leaves.grads, *leaves.owners))
-            count = len(rows[0]) if rows else _count(measure, sweep, leaves, state.shared)
-            totals, numbers = joint_totals(
-                dict(zip(mine, rows, strict=True)), count, [given[name] for name in extra], leaves, owners
-            )
-        numbers = {name: torch.as_tensor(x, dtype=wide, device=sweep.step.device) for name, x in zip(extra, numbers, strict=True)}
+        share: _Alone | _Together = _Alone(leaves)
+        if leaves.homes is not None:
+            reads = needs_params or _reads(measure, 2) or _reads(update, 2)
+            share = _Together(leaves, None if elementwise else Owners([sweep], leaves, leaves.grads, reads=reads))
+        grads, owned, mine = share.grads, share.params, share.mine
+        sums: list[Any] = [sweep.each(i, grads[i], owned[i], measure, (state.shared,), last=False) for i in mine]
+        rows = [torch.stack(x).to(sweep.step.device) for x in sums]
+        count = len(rows[0]) if rows else _count(measure, sweep, leaves, state.shared)
+        totals, numbers = share.totals(rows, count, [given[name] for name in extra])
+        wide, device = totals[0].dtype, sweep.step.device
+        numbers = {name: torch.as_tensor(x, dtype=wide, device=device) for name, x in zip(extra, numbers, strict=True)}
         decided = decide(state.shared, totals, **numbers)
         decided = decided._make([_narrowed(x, like) for x, like in zip(decided, state.shared, strict=True)])
+        of = None if per_leaf is None else _marks(per_leaf, leaves)
         directions = grads.copy()
         for i in mine:
-            directions[i] = sweep.each(i, grads[i], params_[i], update, (decided,))
-        if owners is not None:
-            directions = owners.sent_back(directions)
-        if leaves.homes is not None:
-            directions = [like(x, home) for x, home in zip(directions, leaves.homes, strict=True)]
+            directions[i] = sweep.each(i, grads[i], owned[i], update, (decided,) if of is None else (decided, of[i]))
+        directions = share.laid_out(directions)  # which brings the slots back too
         return tree.unflatten(leaves.spec, directions), CoupledState(sweep.step, sweep.slots(), decided)
 
     return transformation(init_fn, update_fn)
+
+
+class _Alone:
+    """Who measures what of a coupled rule where all leaves are here: this process everything.
+
+    Attributes:
+        grads: the gradients that are measured here, whole or in pieces.
+        params: the parameters.
+        mine: the numbers of the leaves that are measured here.
+    """
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.grads, self.params = leaves.grads, leaves.owners
+        self.mine = [i for i, g in enumerate(leaves.grads) if g is not None]
+
+    def totals(self, rows: list[Tensor], count: int, numbers: list[Any]) -> tuple[Sequence[Tensor], list[Any]]:
+        """Sums over all leaves of what each of :attr:`mine` adds, ``count`` in a row, and the means of numbers."""
+        wide = compute_dtype(*rows)
+        return torch.stack([x.to(wide) for x in rows]).sum(0).unbind(), numbers
+
+    def laid_out(self, directions: list[Any]) -> list[Any]:
+        """What was computed of each leaf, where the leaf lies."""
+        return directions
+
+
+class _Together(_Alone):
+    """The same where leaves lie on several processes: each its pieces, or what it owns, whole."""
+
+    def __init__(self, leaves: Leaves, owners: Owners | None) -> None:
+        super().__init__(leaves)
+        self.leaves, self.owners = leaves, owners
+        if owners is not None:
+            self.grads, self.params, self.mine = owners.grads, owners.params, owners.mine
+
+    def totals(self, rows: list[Tensor], count: int, numbers: list[Any]) -> tuple[Sequence[Tensor], list[Any]]:
+        return joint_totals(dict(zip(self.mine, rows, strict=True)), count, numbers, self.leaves, self.owners)
+
+    def laid_out(self, directions: list[Any]) -> list[Any]:
+        pieces = directions if self.owners is None else self.owners.sent_back(directions)
+        return [like(x, home) for x, home in zip(pieces, self.leaves.homes or (), strict=True)]
+
+
+def _marks(per_leaf: Callable[[Any], list[Any]], leaves: Leaves) -> list[Any]:
+    return per_leaf(leaves.updates if leaves.params is None else leaves.params)
 
 
 def _count(measure: Rule, sweep: "_Pass", leaves: Leaves, shared: Any) -> int:

@@ -1,7 +1,7 @@
 """The loop around a transformation: minimize a function, and say why it ended."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from optfn import tree
 from optfn.core import GradientTransformation, added, check_transformation
 from optfn.numerics import as_real
+from optfn.sharding import Shares, all_reduced, is_sharded, local, whole
 
 __all__ = ["MinimizeResult", "descend", "minimize"]
 
@@ -154,7 +155,8 @@ def descend(
             unevaluated: the result has the value and the norm of the point before. The first update is taken whatever
             ``max_evals`` is.
     """
-    evaluate = _Evaluations(fun)
+    evaluate = _Evaluations(fun, params)
+    shares = evaluate.shares
 
     def reason_to_stop(steps: int, size: float, moved: float, gained: float) -> Reason | None:
         if tolerance_grad is not None and size <= tolerance_grad:
@@ -170,7 +172,7 @@ def descend(
         params = tree.map(Tensor.detach, params)
         state = tx.init(params) if state is None else state
         value, grads = evaluate.at(params)
-        norm, steps = _largest(grads, value), 0
+        norm, steps = _largest(grads, value, shares), 0
         f, size = _numbers(value, norm)
         reason = reason_to_stop(0, size, math.inf, math.inf) if math.isfinite(f + size) else "nonfinite"
         while reason is None:
@@ -182,8 +184,8 @@ def descend(
                 params, state, steps, reason = new_params, new_state, steps + 1, "max_steps"
                 break
             new_value, new_grads = evaluate.at(new_params)
-            new_norm = _largest(new_grads, value)
-            new_f, size, moved = _numbers(new_value, new_norm, _largest(updates, value))
+            new_norm = _largest(new_grads, value, shares)
+            new_f, size, moved = _numbers(new_value, new_norm, _largest(updates, value, shares))
             if not math.isfinite(new_f + size):
                 reason = "nonfinite"
                 break
@@ -202,8 +204,9 @@ def _in_transform() -> bool:
 class _Evaluations:
     """A function that counts, and remembers the points that it was asked for since the last step."""
 
-    def __init__(self, fun: Callable[[Any], tuple[Any, Any]]) -> None:
+    def __init__(self, fun: Callable[[Any], tuple[Any, Any]], params: Any) -> None:
         self.fun = fun
+        self.shares = Shares(tree.leaves(params))
         self.count = 0
         self.seen: list[tuple[Any, Tensor, Any]] = []
 
@@ -214,24 +217,35 @@ class _Evaluations:
         value = torch.as_tensor(value).detach()
         if value.ndim:
             raise ValueError(f"minimize: the value must be a 0-dim tensor, got shape {tuple(value.shape)}")
+        value = whole(value)
+        (value,) = self.shares.totals(self.shares.of_mean(value, value))
         self.seen.append((params, value, tree.map(Tensor.detach, grads)))
         return self.seen[-1][1:]
 
     def value(self, params: Any) -> Tensor:
         return self(params)[0]
 
+    def are(self, params: Any) -> Iterable[Any]:
+        """Whether each of the points that were seen is this one, on all processes."""
+        here, *seen = ([local(x) for x in tree.leaves(point)] for point in (params, *(point for point, _, _ in self.seen)))
+        known = (all(map(torch.equal, point, here)) for point in seen)
+        if self.shares.group is None or not seen:
+            return known
+        return all_reduced(torch.tensor([*known], dtype=torch.float32, device=here[0].device), self.shares.group, "min").tolist()
+
     def at(self, params: Any) -> tuple[Tensor, Any]:
         """Value and gradients at the point that the next step begins at: what a search has found there, or a new evaluation."""
-        found = next((point for point in self.seen if all(map(torch.equal, tree.leaves(point[0]), tree.leaves(params)))), None)
+        found = next((point for point, known in zip(self.seen, self.are(params), strict=True) if known), None)
         value, grads = found[1:] if found else self(params)
         self.seen = [(params, value, grads)]
         return value, grads
 
 
-def _largest(of: Any, like: Tensor) -> Tensor:
+def _largest(of: Any, like: Tensor, shares: Shares) -> Tensor:
     """The largest entry by absolute value, of real and imaginary part if it is complex; 0 if there is none, NaN if one is NaN."""
-    sizes = [as_real(x.to_dense()).abs().amax().to(like) for x in tree.leaves(of) if x.numel()]
-    return torch.stack(sizes).amax() if sizes else torch.zeros_like(like)
+    pieces = [local(x) if is_sharded(x) else x.to_dense() for x in tree.leaves(of)]
+    sizes = [as_real(x).abs().amax().to(like) for x in pieces if x.numel()]
+    return shares.largest(torch.stack(sizes) if sizes else torch.zeros_like(like))
 
 
 def _numbers(*tensors: Tensor) -> list[float]:

@@ -28,8 +28,8 @@ from optfn.numerics import Scalar, real_dtype
 
 __all__ = ["bits", "fold_in", "key", "normal", "permutation", "rademacher", "split", "uniform"]
 
-Part: TypeAlias = Sequence[slice] | None
-"""A slice for each dimension, of those numbers alone; None for all."""
+Part: TypeAlias = Sequence[slice | Sequence[int]] | None
+"""For each dimension a slice, or indices, of those numbers alone; None for all."""
 
 _WORD, _SIGN = 0xFFFFFFFF, 0x80000000
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -303,11 +303,12 @@ def _positions(shape: tuple[int, ...], part: Part, device: torch.device) -> tupl
     if part is None:
         position = count(math.prod(shape)).reshape(shape)
     elif len(part) != len(shape):
-        raise ValueError(f"part must have a slice for each of the {len(shape)} dimensions, got {len(part)}")
+        raise ValueError(f"part must have a slice, or indices, for each of the {len(shape)} dimensions, got {len(part)}")
     else:
         position = count(1)[0]
         for size, wanted in zip(shape, part, strict=True):
-            position = position[..., None] * size + count(*wanted.indices(size))
+            here = count(*wanted.indices(size)) if isinstance(wanted, slice) else torch.tensor(wanted, device=device)
+            position = position[..., None] * size + here.to(position.dtype)
     if small:
         return torch.zeros((), dtype=torch.int32, device=device), position
     return _word(position >> 32), _word(position)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
+from optfn.sharding import is_sharded
 
 __all__ = ["fisher_diag", "hessian_diag", "hessian_product", "hvp"]
 
@@ -59,6 +60,10 @@ def hessian_product(fun: Callable[[Any], Tensor], params: Any, tangent: Any) -> 
         >>> hessian_product(lambda p: (p["w"] ** 3).sum(), params, {"w": torch.tensor([1.0, 0.0]), "b": None})
         {'w': tensor([12.,  0.]), 'b': None}
     """
+    present, rebuilt = tree.tensors(params)
+    if any(map(is_sharded, present)):
+        taped = tree.Taped(lambda present: fun(rebuilt(present)), present)
+        return rebuilt(taped.hessian_product(tree.leaves(tree.map(lambda p, v: v, params, tangent))))
 
     def slope(p: Any) -> Tensor:
         # Backward twice: not every operator has a forward derivative, and torch.export takes no jvp (torch 2.13).

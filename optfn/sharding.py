@@ -20,9 +20,11 @@ from optfn.numerics import as_complex, as_real, real_dtype, widened_scalar
 __all__ = [
     "NO_DERIVATIVE",
     "Exchange",
+    "Shares",
     "all_reduced",
     "check_agreement",
     "cut",
+    "drawn",
     "entrywise",
     "gathered",
     "group_of",
@@ -40,6 +42,7 @@ __all__ = [
     "rows_of",
     "same_layout",
     "whole",
+    "with_dims",
 ]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -138,6 +141,58 @@ def cut(x: Tensor, home: Any) -> Any:
     return like(_cut(x, rows_of(home)).clone(), home)
 
 
+def with_dims(piece: Any, home: Any, count: int) -> Any:
+    """A piece that has more dimensions in front than ``home``, by ``count``, or fewer; all processes have all of these.
+
+    Raises:
+        TypeError: ``home`` is cut in a dimension that the piece lacks.
+    """
+    if not is_sharded(home) or piece is None or count == 0:
+        return like(piece, home)
+    placements = _shifted(home, count)
+    if any(hasattr(p, "dim") and p.dim < 0 for p in placements):
+        raise TypeError("a tensor is cut over the processes in a dimension that all of them must have")
+    shape = (*piece.shape[:count], *home.shape) if count >= 0 else home.shape[-count:]
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return type(home).from_local(
+        piece, home.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+    )
+
+
+def has_dims_more(x: Any, home: Any, count: int) -> bool:
+    """Whether a tensor has its pieces where those of ``home`` are, but for some dimensions in front."""
+    if not is_sharded(home) or not is_sharded(x):
+        return is_sharded(home) == is_sharded(x)
+    return x.device_mesh == home.device_mesh and tuple(x.placements) == _shifted(home, count) and x.shape[count:] == home.shape
+
+
+def _shifted(home: Any, count: int) -> tuple[Any, ...]:
+    from torch.distributed.tensor import Shard
+
+    def shifted(p: Any) -> Any:
+        if not hasattr(p, "dim"):
+            return p
+        split = getattr(p, "split_factor", None)
+        return Shard(p.dim + count) if split is None else type(p)(p.dim + count, split_factor=split)
+
+    return tuple(map(shifted, _settled(home)))
+
+
+def drawn(sampler: Callable[..., Tensor], key: Tensor, x: Tensor, home: Any, dtype: torch.dtype) -> Tensor:
+    """Random numbers for a tensor, or for its piece ``x``: those that the whole tensor has there.
+
+    Args:
+        sampler: one of :mod:`optfn.random`.
+        key: a key.
+        x: ``home``, or the piece of it that is here.
+        home: the tensor.
+        dtype: of the numbers.
+    """
+    if is_sharded(home) and x.shape != home.shape:
+        return sampler(key, home.shape, dtype, part=rows_of(home))
+    return sampler(key, x.shape, dtype)
+
+
 def entrywise(f: Callable[..., Any], *tensors: Any) -> Any:
     """``f`` of the pieces, for a function of which each entry of the result depends on that entry alone; laid out as the first.
 
@@ -217,6 +272,48 @@ def joint_extremes(values: Sequence[Tensor], homes: Sequence[Any], *, largest: b
     for k, x in zip(places, torch.where(nan > 0, math.nan, sign * top).unbind(), strict=True):
         found[k] = x.to(values[k].dtype).to(values[k].device)
     return found
+
+
+class Shares:
+    """What each process adds to sums over tensors, of which it has pieces, or all.
+
+    Attributes:
+        group: the processes on which these tensors have pieces; None where all tensors are plain.
+        parts: of each tensor, how many processes add the same.
+
+    Example:
+        >>> Shares([torch.ones(2)]).totals(torch.tensor(3.0), torch.ones(2))
+        [tensor(3.), tensor([1., 1.])]
+    """
+
+    def __init__(self, homes: Sequence[Any]) -> None:
+        sharded = [h for h in homes if is_sharded(h)]
+        self.group = group_of(sharded) if sharded else None
+        self.size = len(torch.distributed.get_process_group_ranks(self.group)) if sharded else 1
+        self.parts = [replicas(h, self.group) if is_sharded(h) else self.size for h in homes]
+
+    def totals(self, *sums: Tensor) -> list[Tensor]:
+        """Tensors summed over the processes, entry by entry: one all_reduce; as they are where there is no group."""
+        if self.group is None:
+            return list(sums)
+        flat = [widened_scalar(x.reshape(-1)) for x in sums]
+        parts = all_reduced(torch.cat(flat), self.group).split([len(x) for x in flat])
+        return [total.reshape(x.shape).to(x.dtype) for total, x in zip(parts, sums, strict=True)]
+
+    def of_mean(self, x: Any, like: Tensor) -> Any:
+        """What this process adds to the mean of a number of which each has one; the number where there is no group."""
+        if self.group is None:
+            return x
+        return torch.as_tensor(whole(x)).detach().to(like) / self.size
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of all entries that are at least 0, of all processes; NaN if one is."""
+        if self.group is None:
+            return x.max()
+        top = x.max() if x.numel() else x.new_zeros(())
+        nan = top.isnan()  # which of two a maximum takes is not said where one is NaN
+        top, nan = all_reduced(torch.stack([torch.where(nan, 0, top), nan.to(top.dtype)]), self.group, "max").unbind()
+        return torch.where(nan > 0, math.nan, top)
 
 
 def all_reduced(x: Tensor, group: Any, op: str = "sum") -> Tensor:

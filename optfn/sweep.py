@@ -5,7 +5,7 @@ here. One that needs norms gets those of all leaves by one all_reduce. For one t
 which is sent the pieces and sends back the answer, in two all_to_all for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,10 @@ class Leaves(NamedTuple):
     spec: Any
     homes: list[Any] | None = None
 
+    def laid_out(self) -> list[Any]:
+        """The gradients as tensors that lie where their parameters do."""
+        return self.grads if self.homes is None else [like(g, home) for g, home in zip(self.grads, self.homes, strict=True)]
+
 
 Each = Callable[..., Tensor]
 """What happens to one leaf, by its number, gradient and parameter; and with extents that it needs of all processes."""
@@ -59,6 +63,17 @@ class Extent(NamedTuple):
     Attributes:
         norm: the root of the sum of squares of its entries.
         numel: their number.
+
+    Example:
+        >>> def scale_by_size():
+        ...     def update(g, slots, p, step, extents):
+        ...         return g / extents[0].rms(), slots
+        ...     return optfn.leafwise(lambda p: (), update, norms=lambda g, p: (g,))
+        >>> tx, g = scale_by_size(), torch.tensor([1.0, -7.0])
+        >>> tx.update(g, tx.init(g))[0]
+        tensor([ 0.2000, -1.4000])
+        >>> Extent(torch.tensor(6.0), 9).rms()
+        tensor(2.)
     """
 
     norm: Tensor
@@ -331,6 +346,22 @@ class Owners:
             for f, x in enumerate(keeper.now[i])
             if isinstance(x, Tensor)
         ]
+
+    def told(self, answers: Mapping[int, Sequence[Tensor]], likes: Mapping[int, Sequence[Tensor]]) -> dict[int, Sequence[Tensor]]:
+        """What was computed of each leaf, by its number, on every process, whole.
+
+        Args:
+            answers: tensors of each leaf that this process owns.
+            likes: of each leaf what they are like.
+        """
+        found = dict(answers)
+        for exchange, some in self.exchanges:
+            items = [
+                (k, x, here, True) for k, i in enumerate(some) for x, here in zip(answers.get(i, likes[i]), likes[i], strict=True)
+            ]
+            new = iter(exchange.from_owners(items))
+            found |= {i: [next(new) for _ in likes[i]] for i in some}
+        return found
 
     def sent_back(self, answers: list[Any]) -> list[Any]:
         """What was computed of each leaf, as pieces; new slots come back to where the old ones lie."""

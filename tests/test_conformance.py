@@ -630,7 +630,7 @@ def test_every_public_transformation_has_a_row() -> None:
 PACKAGE = Path(optfn.__file__).parent
 FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in sorted(PACKAGE.rglob("*.py"))}
 GROUPS = [
-    {"numerics", "sharding", "random", "tree", "checks", "sweep"},
+    {"numerics", "sharding", "random", "tree", "checks", "sweep", "vectors"},
     {"core", "microbatching", "projections", "second_order"},
     {"leafwise", "matrices"},
     {"schedules"},
@@ -702,7 +702,7 @@ def test_lines_of_code() -> None:
 
 LONGER = {
     "optimizers.lbfgs": 240,  # a line search besides the rules, and one vector in place of leaves
-    "optimizers.galore": 70,  # a projection there and back around another transformation
+    "optimizers.galore": 92,  # a projection there and back around another transformation, and by owners on several processes
     "optimizers.sam": 60,  # two modes: a round in one update, or spread over several
 }
 

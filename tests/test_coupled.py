@@ -138,6 +138,27 @@ def test_no_weight_decay_may_be_none() -> None:
 
 
 @pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
+def test_a_mask_says_which_leaves_decay(name: str) -> None:
+    """By the step size that is found: beside the rule without a decay, on the same parameters."""
+    make, lr, betas, decay = getattr(optfn, name), 0.5, (0.8, 0.95), 0.1
+    mask = {"matrix": True, "vector": False, "scalar": False, "cube": True}
+    params, grads = some_params(shapes=SHAPES), some_grads(5, shapes=SHAPES)
+    tx, plain = make(lr, betas, estim_lr0=0.1, weight_decay=decay, mask=mask), make(lr, betas, estim_lr0=0.1)
+    state, other = tx.init(params), plain.init(params)
+    for t, g in enumerate(grads, 1):
+        updates, state = tx.update(g, state, params)
+        wanted, other = plain.update(g, other, params)
+        size = lr * (1 - betas[1] ** t) ** 0.5 / (1 - betas[0] ** t)
+        eta = size * tree.get(other, "last_estim_lr")
+        wanted = {name: u - (eta * decay * params[name] if mask[name] else 0) for name, u in wanted.items()}
+        assert_close(updates, wanted, 1e-12)
+        assert_close(state, other, 0)
+        params = optfn.apply_updates(params, updates)
+    with pytest.raises(TypeError, match="mask: 'cube' must be a bool, got str"):
+        make(weight_decay=decay, mask=lambda path, p: path).update(grads[0], state, params)
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
 def test_gradients_of_zero_change_no_estimate(name: str) -> None:
     """Optax divides 0 by 0 there; the authors leave the estimate as it is."""
     params = some_params(shapes=SHAPES)

@@ -754,6 +754,16 @@ def test_a_vector_of_some_parameters_names_what_to_give():
         assert_close(optfn.schedule_free_eval_params(state.inner_states["w"], part), {**part, "w": expected["w"]}, 1e-12)
 
 
+def test_a_schedule_free_within_mechanize_has_no_averages():
+    """Its z takes steps as they are, its parameters take scaled ones."""
+    tx = optfn.mechanize(optfn.chain(optfn.schedule_free_sgd(0.3)), s_init=0.1)
+    steps, state = run(tx, some_params(), some_grads(3))
+    with pytest.raises(TypeError, match="schedule_free ran within mechanize, which scales its steps, but not those of z"):
+        optfn.schedule_free_eval_params(state, steps[-1]["params"])
+    around, state = run(optfn.schedule_free(optfn.mechanize(optfn.sgd(1.0)), 1.0, b1=1.0), some_params(), some_grads(3))
+    assert_close(optfn.schedule_free_eval_params(state, around[-1]["params"]), around[-1]["params"], 1e-12)  # with b1 = 1 it is y
+
+
 def test_parameters_that_are_not_schedule_free_are_as_they_are():
     tx = optfn.partition(
         {"free": optfn.schedule_free_sgd(0.3), "rest": optfn.adam()}, lambda path, p: "free" if p.ndim == 2 else "rest"

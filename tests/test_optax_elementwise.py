@@ -497,6 +497,33 @@ def test_numbers_are_checked_when_a_pair_is_made(make, message):
         make()
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_mask_says_which_leaves_decay_in_novograds_sum(maximize):
+    """By the sums of the rule without a decay, and the parameters' own."""
+    lr, b1, decay = 0.1, 0.8, 0.2
+    tx = optfn.novograd(lr, (b1, 0.9), weight_decay=decay, mask=MASK, maximize=maximize)
+    plain = optfn.novograd(lr, (b1, 0.9), maximize=maximize)
+    params, state, other = PARAMS, tx.init(PARAMS), plain.init(PARAMS)
+    summed = optfn.tree.zeros_like(PARAMS)
+    for g in GRADS[:5]:
+        updates, state = tx.update(g, state, params)
+        wanted, other = plain.update(g, other, params)
+        summed = optfn.tree.map(lambda e, p, decays: b1 * e + (decay * p if decays else 0), summed, params, MASK)
+        assert_close(updates, optfn.tree.map(lambda u, e: u - lr * e, wanted, summed), 1e-12)
+        params = optfn.apply_updates(params, updates)
+    unchanged, _ = run(optfn.novograd(lr, mask=MASK), PARAMS, GRADS[:2])
+    assert_close(unchanged, run(optfn.novograd(lr), PARAMS, GRADS[:2])[0], 0)
+
+
+def test_a_mask_says_which_gradients_of_madgrad_have_a_decay():
+    steps, _ = run(optfn.madgrad(0.1, weight_decay=0.2, mask=MASK), PARAMS, GRADS[:5])
+    by_hand = optfn.chain(optfn.add_decayed_weights(0.2, MASK), optfn.madgrad(0.1))
+    assert_close(steps, run(by_hand, PARAMS, GRADS[:5])[0], 1e-12)
+    assert not torch.equal(
+        steps[-1]["params"]["rest"]["s"], run(optfn.madgrad(0.1, weight_decay=0.2), PARAMS, GRADS[:5])[0][-1]["params"]["rest"]["s"]
+    )
+
+
 @pytest.mark.parametrize("make", [optfn.madgrad, optfn.cocob, lambda: optfn.novograd(weight_decay=0.1)])
 def test_what_reads_parameters_says_so(make):
     tx, g = make(), torch.ones(2)

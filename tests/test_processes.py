@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import optfn
+from optfn.sharding import with_dims
 
 STEPS = 5
 VALUES = [1.5, 1.2, 1.3, 1.4, 0.9]
@@ -46,11 +47,9 @@ def aliases() -> dict[str, Callable[[], optfn.GradientTransformation]]:
 
 ELSEWHERE = {
     "muon": "below, in a partition: it takes matrices alone",
-    "galore": "test_what_is_refused",
-    "lbfgs": "test_what_is_refused",
+    "galore": "below, with a rank",
     "sparse_adam": "takes sparse gradients, which DTensor has not",
-    "dpsgd": "takes the gradients of examples",
-    "sophia": "takes a function",
+    "dpsgd": "below: it takes the gradients of examples",
 }
 
 WRAPPERS: dict[str, Callable[[], optfn.GradientTransformation]] = {
@@ -123,8 +122,39 @@ WRAPPERS["coupled, of one leaf, which three processes do not own"] = lambda: opt
     by_the_largest_entries(), lambda path, p: path == "w"
 )
 
+WRAPPERS["add_noise between rules of whole leaves"] = lambda: optfn.chain(
+    optfn.scale_by_factored_rms(), optfn.add_noise(0.01, 0.5, key=7), optfn.scale_by_factored_rms(), optfn.sgd(0.1)
+)
+
 EXTRA = {"momo", "momo_adam", "polyak_sgd", "reduce_on_plateau"}
-ALL = {**aliases(), **WRAPPERS}
+
+
+def loss(params: dict[str, Any]) -> Tensor:
+    """A function of all entries, none of which is by itself."""
+    wholes = [x.full_tensor() if isinstance(x, DTensor) else x for x in params.values() if x is not None]
+    total = sum((x.sum() for x in wholes), torch.zeros((), dtype=torch.float64))
+    return sum(((x.square() + x.pow(4) / 8 + x * x.cos()).sum() for x in wholes), total.square() / 50)
+
+
+WRAPPERS["galore"] = lambda: optfn.galore(0.1, 2, 2, weight_decay=0.1)
+WRAPPERS["galore, masked"] = lambda: optfn.masked(
+    optfn.scale_by_galore(1, 3, base_optimizer=optfn.chain(optfn.trace(0.9), optfn.clip_by_global_norm(0.1))), is_matrix
+)
+WRAPPERS["dpsgd"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=7, momentum=0.9)
+WRAPPERS["dpsgd, batch_size"] = lambda: optfn.dpsgd(0.1, l2_norm_clip=0.5, noise_multiplier=0.1, key=7, batch_size=3)
+
+# What is handed the gradient of a function, and the function.
+SEARCHES: dict[str, Callable[[], optfn.GradientTransformation]] = {
+    "sophia": lambda: optfn.sophia(0.1, update_interval=2, gamma=0.1),
+    "sophia, masked": lambda: optfn.masked(optfn.sophia(0.1, update_interval=2, gamma=0.1), is_matrix),
+    "lbfgs, strong_wolfe": lambda: optfn.lbfgs(line_search_fn="strong_wolfe", history_size=2),
+    "scale_by_lbfgs": lambda: optfn.chain(
+        optfn.scale_by_lbfgs(3), optfn.scale(-1.0), optfn.scale_by_zoom_linesearch(15, initial_guess_strategy="one")
+    ),
+    "backtracking, store_grad": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15, store_grad=True)),
+    "zoom": lambda: optfn.chain(optfn.sgd(1.0), optfn.scale_by_zoom_linesearch(15)),
+}
+ALL = {**aliases(), **WRAPPERS, **SEARCHES}
 
 
 def difference(x: Any, y: Any) -> float:
@@ -147,9 +177,17 @@ def check(name: str, layout: str, lay: Callable[[Any], Any]) -> float:
     for step in range(STEPS):
         grads = full_grads(step)
         extra = {"value": VALUES[step]} if name in EXTRA else {}
-        updates, state = tx.update(grads, state, params, **extra)
+        given, laid, more = grads, lay(grads), extra
+        if name == "dpsgd":
+            each = [full_grads(k) for k in range(step, step + 3)]
+            given = {leaf: torch.stack([g[leaf] for g in each]) for leaf in SHAPES}
+            laid = {leaf: stacked([lay(g)[leaf] for g in each]) for leaf in SHAPES}
+        if name in SEARCHES:
+            (value, given), (same, laid) = (optfn.tree.value_and_grad(loss)(p) for p in (params, pieces))
+            extra, more = ({"value": f, "grad": g, "value_fn": loss, "obj_fn": loss} for f, g in ((value, given), (same, laid)))
+        updates, state = tx.update(given, state, params, **extra)
         params = optfn.apply_updates(params, updates)
-        updates, other = tx.update(lay(grads), other, pieces, **extra)
+        updates, other = tx.update(laid, other, pieces, **more)
         pieces = optfn.apply_updates(pieces, updates)
         assert optfn.tree.map(layout_of, pieces) == at
         for leaf, u in updates.items():
@@ -157,7 +195,26 @@ def check(name: str, layout: str, lay: Callable[[Any], Any]) -> float:
         for path, x in zip(optfn.tree.paths(other), optfn.tree.flatten(other)[0], strict=True):
             shaped = [leaf for leaf in SHAPES if path.endswith("." + leaf) and x is not None and x.shape == SHAPES[leaf] != ()]
             assert all(layout_of(x) == at[leaf] for leaf in shaped), path
-    return difference((params, state), (pieces, other))
+    return difference((params, in_trees(state, params)), (pieces, other))
+
+
+def stacked(tensors: list[Any]) -> Any:
+    if not isinstance(tensors[0], DTensor):
+        return torch.stack(tensors)
+    return with_dims(torch.stack([x.to_local() for x in tensors]), tensors[0], 1)
+
+
+def in_trees(state: Any, params: dict[str, Tensor]) -> Any:
+    """A state of ``lbfgs`` as it is of leaves that lie on several processes, with trees in the place of vectors."""
+    if not isinstance(state, optfn.LbfgsState):
+        return state
+
+    def of(x: Tensor) -> dict[str, Tensor]:
+        names = optfn.tree.paths(params)
+        parts = x.split([params[name].numel() for name in names], -1)
+        return {name: part.reshape(x.shape[:-1] + params[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    return state._replace(last_grad=of(state.last_grad), last_step=of(state.last_step), s=of(state.s), y=of(state.y))
 
 
 def all_on(layout: str) -> dict[str, float]:
@@ -176,6 +233,121 @@ def all_on(layout: str) -> dict[str, float]:
 def test_every_transformation_is_that_of_one_process(layout: str) -> None:
     for found in on_processes(all_on, 4, layout, seconds=500):
         assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
+
+
+def searched(layout: str) -> dict[str, float]:
+    """Loops whose control flow goes by numbers, which are to be the same on all processes."""
+    import torch.distributed as dist
+
+    lay, found = distributed(layout), {}
+    for name in ("lbfgs, strong_wolfe", "zoom"):
+        alone, together = (optfn.minimize(loss, p, SEARCHES[name](), max_steps=8) for p in (full_params(), lay(full_params())))
+        assert (alone.reason, alone.steps, alone.evals) == (together.reason, together.steps, together.evals)
+        found[name] = difference((alone.params, alone.value), (together.params, together.value))
+
+    # Each process has the loss of its share of a batch: what they decide by is the mean.
+    tx = optfn.chain(optfn.sgd(1.0), optfn.scale_by_backtracking_linesearch(15))
+    params, pieces = full_params(), lay(full_params())
+    state, other, share = tx.init(params), tx.init(pieces), 1 + (dist.get_rank() - 1.5) / 2
+    with torch.no_grad():
+        for _ in range(STEPS):
+            (value, grad), (_, laid) = (optfn.tree.value_and_grad(loss)(p) for p in (params, pieces))
+            updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+            mine = {"value": share * value, "value_fn": lambda p: share * loss(p)}
+            laid, other = tx.update(laid, other, pieces, grad=laid, **mine)
+            params, pieces = optfn.apply_updates(params, updates), optfn.apply_updates(pieces, laid)
+    return found | {"shares": difference((params, state), (pieces, other))}
+
+
+@pytest.mark.slow
+def test_loops_that_go_by_numbers_go_the_same_way_on_all_processes() -> None:
+    for found in on_processes(searched, 4, "hsdp"):
+        assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
+
+
+def of_other_leaves(layout: str) -> dict[str, float]:
+    """Complex leaves, and leaves that sit a step out, where entries of all leaves are taken together or drawn."""
+    lay, found = distributed(layout), {}
+
+    def complex_too(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {name: torch.complex(x, x.cos()) if name in ("w", "b") else x for name, x in leaves.items()}
+
+    def size(params: dict[str, Any]) -> Tensor:
+        wholes = [x.full_tensor() if isinstance(x, DTensor) else x for x in params.values()]
+        return sum(((x.abs() ** 2 + x.abs() ** 4 / 8).sum() for x in wholes), torch.zeros((), dtype=torch.float64))
+
+    for name in ("lbfgs, strong_wolfe", "scale_by_lbfgs", "sophia", "noisy_sgd"):
+        tx, params, pieces = ALL[name](), complex_too(full_params()), lay(complex_too(full_params()))
+        state, other = tx.init(params), tx.init(pieces)
+        for step in range(3):
+            (value, given), (same, laid) = (optfn.tree.value_and_grad(size)(p) for p in (params, pieces))
+            if step == 1:
+                given, laid = ({**g, "deep.w": None} for g in (given, laid))
+            with torch.no_grad():
+                more = [{"value": f, "grad": g, "value_fn": size, "obj_fn": size} for f, g in ((value, given), (same, laid))]
+                updates, state = tx.update(given, state, params, **more[0])
+                moved, other = tx.update(laid, other, pieces, **more[1])
+                params, pieces = optfn.apply_updates(params, updates), optfn.apply_updates(pieces, moved)
+        real = lambda leaves: optfn.tree.map(lambda x: torch.view_as_real(x) if x.is_complex() else x, whole(leaves))  # noqa: E731
+        found[name] = difference(real(params), real(pieces))
+
+    key, params = optfn.random.key(7), full_params()
+    for sampler in (optfn.random.uniform, lambda key, shape, dtype: optfn.random.uniform(key, shape, dtype)):
+        numbers = optfn.tree.random_like(key, lay(params), sampler)
+        assert optfn.tree.map(layout_of, numbers) == optfn.tree.map(layout_of, lay(params))
+        found["random_like"] = difference(optfn.tree.random_like(key, params, sampler), numbers)
+    return found
+
+
+@pytest.mark.slow
+def test_complex_leaves_and_absent_ones() -> None:
+    for found in on_processes(of_other_leaves, 4, "tp+fsdp"):
+        assert {name: x for name, x in found.items() if not x <= 1e-12} == {}
+
+
+def fitted(model: Any, x: Tensor, y: Tensor, group: Any) -> list[Any]:
+    """A model whose loss each process has of its share of a batch: by minimize, then by an optimizer with a closure."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def value_and_grad(params: Any) -> tuple[Tensor, Any]:
+        optfn.interop.write_to_module(model, params)
+        model.zero_grad()
+        value = (model(x) - y).square().mean()
+        value.backward()
+        return value.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    tx = optfn.lbfgs(line_search_fn="strong_wolfe", history_size=4)
+    found = optfn.minimize(value_and_grad, start, tx, value_and_grad=True, max_steps=6).params
+    optfn.interop.write_to_module(model, start)
+    optimizer = optfn.interop.TorchOptimizer(
+        model.named_parameters(), optfn.lbfgs, lr=1.0, line_search_fn="strong_wolfe", max_iter=6, process_group=group
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = (model(x) - y).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return [found, {name: p.detach() for name, p in model.named_parameters()}]
+
+
+def sharded_fit() -> float:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (7, 2))
+    model, rank = net(), dist.get_rank()
+    for layer in (model.first, model.last, model):
+        fully_shard(layer)
+    return difference(fitted(net(), x, y, "self"), fitted(model, x.chunk(4)[rank], y.chunk(4)[rank], dist.group.WORLD))
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_fitted_by_lbfgs_as_on_one_process() -> None:
+    assert max(on_processes(sharded_fit, 4)) <= 1e-10
 
 
 # TorchOptimizer
@@ -296,6 +468,12 @@ COUNTS: dict[str, tuple[Callable[[], optfn.GradientTransformation], dict[str, in
     "accumulate": (WRAPPERS["accumulate"], {"all_reduce": 1}),
     "adafactor": (optfn.adafactor, {"all_to_all": 2}),
     "muon, adamw": (WRAPPERS["muon"], {"all_to_all": 2}),
+    "noisy_sgd": (lambda: optfn.noisy_sgd(0.1, key=7), {}),
+    "dpsgd, batch_size": (WRAPPERS["dpsgd, batch_size"], {}),
+    "galore": (WRAPPERS["galore"], {"all_to_all": 2}),
+    "lbfgs": (optfn.lbfgs, {"all_reduce": 4}),
+    "scale_by_lbfgs": (optfn.scale_by_lbfgs, {"all_reduce": 3}),
+    "zoom, the start and one trial": (lambda: optfn.scale_by_zoom_linesearch(1), {"all_reduce": 2}),
 }
 
 
@@ -306,9 +484,9 @@ def counted(name: str, depth: int) -> Counter[str]:
     tx = COUNTS[name][0]()
     with torch.no_grad():
         state = tx.init(params)
-        _, state = tx.update(params, state, params)
+        _, state = tx.update(params, state, params, value=1.0, grad=params, value_and_grad_fn=lambda p: (1.0, p))
         with CommDebugMode() as mode:
-            updates, _ = tx.update(params, state, params)
+            updates, _ = tx.update(params, state, params, value=1.0, grad=params, value_and_grad_fn=lambda p: (1.0, p))
             optfn.apply_updates(params, updates)
     found: Counter[str] = Counter()
     for op, count in mode.get_comm_counts().items():
@@ -329,14 +507,7 @@ def test_what_is_communicated_does_not_grow_with_the_depth() -> None:
 # What is refused, by all processes alike
 
 REFUSED: dict[str, tuple[Callable[[], optfn.GradientTransformation], str]] = {
-    "galore": (lambda: optfn.galore(0.1, 1), "scale_by_galore: 'w' lies on several processes"),
-    "lbfgs": (optfn.lbfgs, "lbfgs: 'w' lies on several processes"),
-    "scale_by_lbfgs": (optfn.scale_by_lbfgs, "scale_by_lbfgs: 'w' lies on several processes"),
-    "flatten": (lambda: optfn.flatten(adamw()), "flatten: 'w' lies on several processes"),
-    "sophia": (lambda: optfn.sophia(0.1), "hutchinson_estimator_diag_hessian: 'w' lies on several processes"),
-    "dpsgd": (lambda: optfn.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.1, key=7), "aggregate: 'w' lies on several processes"),
-    "backtracking": (lambda: optfn.scale_by_backtracking_linesearch(3), "linesearch: 'w' lies on several processes"),
-    "zoom": (lambda: optfn.scale_by_zoom_linesearch(3), "linesearch: 'w' lies on several processes"),
+    "flatten": (lambda: optfn.flatten(adamw()), "flatten: 'w' lies on several processes, .* run the transformation without it"),
 }
 
 
@@ -373,6 +544,13 @@ def all_refused() -> None:
     wide = distribute_tensor(torch.ones(4, 7).double(), params["w"].device_mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"a piece of shape \(1, 7\) became one of \(4, 7\)"):
         optfn.tree.where(torch.ones(4, 1, dtype=torch.bool), wide, wide)
+    cut = {"w": distribute_tensor(torch.ones(4, 7, 4).double(), params["w"].device_mesh, [Shard(0)])}
+    with pytest.raises(TypeError, match="'w' is cut in its first dimension, that of the examples"):
+        optfn.per_example_global_norm_clip(cut, 1.0)
+    for make in (optfn.lbfgs, optfn.scale_by_lbfgs):
+        elsewhere = make().init(full_params())
+        with pytest.raises(ValueError, match="lbfgs: the state does not lie on the processes as the leaves do"):
+            make().update(params, elsewhere, params)
     recorded = {name: x.detach().requires_grad_() for name, x in params.items()}
     with pytest.raises(RuntimeError, match="no derivative through what several processes compute together"):
         optfn.clip_by_global_norm(1.0).update(recorded, (), params)

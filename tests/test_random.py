@@ -132,6 +132,9 @@ PARTS = [
 )
 def test_a_part_is_what_the_whole_has_there(make, shape, part):
     assert torch.equal(make(KEY, shape, part=part), make(KEY, shape)[part])
+    if shape:
+        apart = [(0, shape[0] - 1), *part[1:]]  # indices that are no slice
+        assert torch.equal(make(KEY, shape, part=apart), make(KEY, shape)[[0, -1]][(slice(None), *part[1:])])
 
 
 def test_a_part_is_made_without_the_whole():
@@ -209,7 +212,11 @@ def test_a_noisy_step_is_compiled_to_the_same_numbers():
         (lambda: random.bits(random.split(KEY)), TypeError, r"got torch.int64 of shape \(2, 2\)"),
         (lambda: random.bits(KEY, (2,), 12), ValueError, "width must be 8, 16, 32 or 64, got 12"),
         (lambda: random.uniform(KEY, (2,), torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
-        (lambda: random.uniform(KEY, (2, 3), part=(slice(1),)), ValueError, "a slice for each of the 2 dimensions, got 1"),
+        (
+            lambda: random.uniform(KEY, (2, 3), part=(slice(1),)),
+            ValueError,
+            "a slice, or indices, for each of the 2 dimensions, got 1",
+        ),
         (lambda: random.permutation(torch.ones(2), 3), TypeError, "a key is an int64 tensor"),
     ],
 )

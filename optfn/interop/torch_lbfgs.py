@@ -25,10 +25,12 @@ def lbfgs_from_torch(state: LbfgsState, params: Any, order: list[int], kept: Map
         kept: torch's state of the first parameter.
 
     Raises:
+        TypeError: a parameter lies on several processes.
         ValueError: torch's vectors are not as long as the parameters together.
     """
     if not kept:
         return state
+    tree.check_here("load_torch_state of torch.optim.LBFGS", params)
 
     def ours(x: Tensor) -> Tensor:
         return _reordered(x.detach().to(state.last_step), params, order, sorted(order))
@@ -55,6 +57,7 @@ def lbfgs_to_torch(state: LbfgsState, params: Any, order: list[int]) -> dict[str
     """The inverse of :func:`lbfgs_from_torch`. Evaluations are not counted here: torch's ``func_evals`` becomes the iterations."""
     if state.n_iter == 0:
         return {}
+    tree.check_here("to_torch_state_dict of lbfgs", params)
 
     def theirs(x: Tensor) -> Tensor:
         return _reordered(x.detach(), params, sorted(order), order).clone()

@@ -11,6 +11,8 @@ from optfn.core import GradientTransformation, identity, transformation
 from optfn.leafwise import aligned
 from optfn.numerics import Scalar, compute_dtype
 from optfn.schedules import ScalarOrSchedule
+from optfn.sharding import drawn, like, local
+from optfn.sweep import as_pieces
 from optfn.transforms.clipping import per_example_global_norm_clip
 from optfn.transforms.momentum import trace
 from optfn.transforms.scaling import scale_by_learning_rate
@@ -72,7 +74,6 @@ def differentially_private_aggregate(
     start = random.as_key("differentially_private_aggregate", key)
 
     def init(params: Any) -> DifferentiallyPrivateAggregateState:
-        tree.check_here("differentially_private_aggregate", params)
         return DifferentiallyPrivateAggregateState(start.to(tree.new_count(params).device, copy=True))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DifferentiallyPrivateAggregateState]:
@@ -81,12 +82,14 @@ def differentially_private_aggregate(
         given = tree.unflatten(leaves.spec, leaves.grads)
         _check_shapes(given, leaves.owners, examples=size is None)
         totals = given if size is not None else per_example_global_norm_clip(given, bound)[0]
+        totals = tree.unflatten(leaves.spec, as_pieces(aligned(totals, params)).laid_out())
         keys = random.split(state.rng_key, leaves.spec.num_leaves + 1).unbind()
 
         def noisy(total: Tensor, k: Tensor, g: Tensor) -> Tensor:
-            wide = compute_dtype(g)
-            z = random.normal(k.to(g.device), total.shape, wide)
-            return ((total.to(wide) + deviation * z) / (g.shape[0] if size is None else size)).to(g.dtype)
+            wide, piece = compute_dtype(g), local(total)
+            z = drawn(random.normal, k.to(g.device), piece, total, wide)
+            new = (piece.to(wide) + deviation * z) / (g.shape[0] if size is None else size)
+            return like(new.to(g.dtype), total)
 
         noise = tree.unflatten(leaves.spec, list(keys[1:]))
         return tree.map(noisy, totals, noise, updates), DifferentiallyPrivateAggregateState(keys[0])

@@ -9,11 +9,13 @@ from optfn import tree
 from optfn.checks import alias, check_state, integer, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
-from optfn.leafwise import aligned, check_dense, leafwise
+from optfn.leafwise import aligned, begin_of, check_dense, leafwise
 from optfn.matrices import GaLoreDimensionNumbers, as_matrices, as_tensor, matrix_shape, numbers_of
 from optfn.numerics import Scalar, compute_dtype
 from optfn.optimizers.adam import scale_by_adam
 from optfn.schedules import ScalarOrSchedule
+from optfn.sharding import is_sharded, local, placed_as
+from optfn.sweep import Leaves, Owners, as_pieces
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 
@@ -59,6 +61,8 @@ def scale_by_galore(
     turned when the subspace is: as a singular vector may have either sign, and libraries differ in it, a run on another one is
     another run from the second subspace on. :math:`P` projects the longer side, as in Optax, where the paper and the authors'
     code take the shorter one: their projector is smaller, and what the base keeps is larger.
+
+    Where a matrix lies on several processes, one of them projects it, and all keep its projector and what the base keeps of it.
 
     A decomposition takes some hundred times as long as a product of the matrix; it is made only when it is due, compiled by
     :func:`optfn.compile` too, see :func:`optfn.tree.cond`.
@@ -108,8 +112,7 @@ def scale_by_galore(
 
     def init(params: Any) -> GaLoreState:
         leaves, spec = tree.checked(params, "scale_by_galore: params")
-        tree.check_here("scale_by_galore", params)
-        tall = [None if n is None else _tall(p, n) for p, n in zip(leaves, numbers_of(params, given), strict=True)]
+        tall = [None if n is None else _tall(_stand_in(p), n) for p, n in zip(leaves, numbers_of(params, given), strict=True)]
         low = [
             p if x is None else x.new_zeros(*x.shape[:-2], min(rank, x.shape[-1]), x.shape[-1])
             for p, x in zip(leaves, tall, strict=True)
@@ -121,9 +124,13 @@ def scale_by_galore(
         leaves = aligned(updates, params)
         check_dense("scale_by_galore", leaves)
         numbers = numbers_of(updates if params is None else params, given)
-        pairs = list(zip(leaves.grads, numbers, strict=True))
-        tall = tree.unflatten(leaves.spec, [None if g is None or n is None else _tall(g, n) for g, n in pairs])
-        low, projection = projected.update(tall, state.projection)
+        pieces = as_pieces(leaves)
+        pairs = list(zip(pieces.laid_out(), numbers, strict=True))
+        tall = tree.unflatten(leaves.spec, [None if g is None or n is None else _tall(_stand_in(g), n) for g, n in pairs])
+        if pieces.homes is None:
+            low, projection = projected.update(tall, state.projection)
+        else:
+            low, projection = _on_owners(projected, tall, pieces, numbers, state.projection)
         shown = [g if n is None else x for (g, n), x in zip(pairs, tree.flatten(low)[0], strict=True)]
         try:
             new, base_state = base.update(tree.unflatten(leaves.spec, shown), state.base_optimizer_state, None, **extra)
@@ -148,6 +155,30 @@ def _numbers(given: Any) -> Any:
     return (lambda path, p: given if p.ndim >= 2 else None) if isinstance(given, GaLoreDimensionNumbers) else given
 
 
+def _stand_in(x: Any) -> Any:
+    """What has the shape of a tensor that lies on several processes, without its numbers; any other tensor as it is."""
+    return local(x).new_zeros(()).expand(x.shape) if is_sharded(x) else x
+
+
+def _on_owners(projected: GradientTransformation, tall: Any, pieces: Leaves, numbers: list[Any], state: Any) -> tuple[Any, Any]:
+    """The projection where matrices lie on several processes: each is projected by its owner, which tells all others."""
+    shapes, spec = tree.flatten(tall)
+    pieces = pieces._replace(grads=[None if x is None else g for x, g in zip(shapes, pieces.grads, strict=True)])
+    for path, g in zip(tree.paths(pieces.updates), pieces.grads, strict=True):
+        if g is not None and not g.is_floating_point():
+            raise TypeError(f"scale_by_galore: {path!r} must have a real gradient, got {g.dtype}")
+    sweep: Any = begin_of(projected)(Leaves(tall, None, shapes, [None] * len(shapes), spec, shapes), state)
+    kept = sweep.slots.homes
+    owners = Owners([], pieces, pieces.grads, reads=False)
+    answers = {i: [sweep.each(i, _tall(owners.grads[i], numbers[i]), None), *sweep.slots.now[i]] for i in owners.mine}
+    sizes = {i: (*x.shape[:-2], kept[i].projector.shape[-1], x.shape[-1]) for i, x in enumerate(shapes) if x is not None}
+    likes = {i: [shapes[i].new_empty(size), *kept[i]] for i, size in sizes.items()}
+    low: list[Any] = [None] * len(shapes)
+    for i, (low[i], projector) in owners.told(answers, likes).items():
+        sweep.slots.now[i] = GaLoreSlots(projector)
+    return tree.unflatten(spec, low), sweep.end()
+
+
 def _tall(x: Tensor, numbers: GaLoreDimensionNumbers) -> Tensor:
     """A tensor as matrices that have no more columns than rows."""
     x = as_matrices(x, numbers)
@@ -168,7 +199,7 @@ def _back(scale: Scalar, projector: Tensor, u: Tensor, g: Tensor, numbers: GaLor
     dtype = compute_dtype(u, projector)
     full = scale * (projector.to(dtype) @ u.to(dtype))
     full = full if full.shape[-2:] == matrix_shape(g.shape, numbers) else full.mT
-    return as_tensor(full, g, numbers).to(g.dtype)
+    return placed_as(as_tensor(full, g, numbers).to(g.dtype), g)
 
 
 @alias

@@ -11,8 +11,10 @@ from optfn import tree
 from optfn.checks import alias, check_state, integer, number, require, scalar_or_schedule
 from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
-from optfn.numerics import Scalar, as_real, norm, ratio, ravel, unravel
+from optfn.numerics import Scalar, norm, ratio, unravel
 from optfn.schedules import ScalarOrSchedule, as_time
+from optfn.sharding import like, local, with_dims
+from optfn.vectors import Vectors
 
 __all__ = ["LbfgsState", "ScaleByLBFGSState", "lbfgs", "scale_by_lbfgs"]
 
@@ -32,7 +34,8 @@ class _NoSlots(NamedTuple):
 class LbfgsState(NamedTuple):
     r"""The state of :func:`lbfgs`: all leaves as one vector of n entries, in the order of :func:`optfn.tree.flatten`.
 
-    Its dtype is the widest of the leaves', float32 at least; a complex entry is two.
+    Its dtype is the widest of the leaves', float32 at least; a complex entry is two. Where leaves lie on several processes,
+    a vector is a tree whose leaves lie there too, those of ``s`` and ``y`` with a first dimension of m.
 
     Attributes:
         n_iter: iterations so far, a 0-dim int64 tensor.
@@ -148,8 +151,8 @@ def lbfgs(
             raise ValueError(f"{name} must be >= 1, got {count}")
 
     # Rules that do nothing: what the lift checks of params and gradients is checked of these.
-    params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots))
-    grads_checked = stateless_with_tree_map(lambda g, p: g, elementwise=False, sparse="dense")
+    params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots), elementwise=True)
+    grads_checked = stateless_with_tree_map(lambda g, p, sizes: g, elementwise=False, norms=lambda g, p: (), sparse="dense")
 
     def gathered(grads: Any, params: Any) -> tuple[list[Tensor | None], Any]:
         """The gradients of all leaves, zeros for one that is None, and their structure."""
@@ -158,13 +161,15 @@ def lbfgs(
         return [torch.zeros_like(p) if g is None and p is not None else g for g, p in zip(found, owners, strict=True)], spec
 
     def init(params: Any) -> LbfgsState:
-        tree.check_here("lbfgs", params)
         params_checked.init(params)
-        zero = torch.zeros_like(_ravel(tree.leaves(params)))
+        leaves, spec = tree.flatten(params)
+        vectors = Vectors("lbfgs", leaves, spec)
+        zero = torch.zeros_like(vectors.of(leaves))
         history = zero.new_zeros(history_size, len(zero))
         count = torch.zeros((), dtype=torch.int64, device=zero.device)
         products = torch.eye(history_size, dtype=zero.dtype, device=zero.device)
-        return LbfgsState(count, count.clone(), zero, zero.clone(), history, history.clone(), products, zero.new_ones(()))
+        kept = [vectors.kept(x) for x in (zero, zero.clone(), history, history.clone())]
+        return LbfgsState._make((count, count.clone(), *kept, products, zero.new_ones(())))
 
     def update(
         updates: Any,
@@ -180,26 +185,35 @@ def lbfgs(
     ) -> tuple[Any, LbfgsState]:
         check_state("lbfgs", state, LbfgsState)
         grads, spec = gathered(updates, params)
-        g = _ravel(grads, state.last_grad)
+        vectors = Vectors("lbfgs", grads, spec)
+        counted, totals = vectors.counted, vectors.shares.totals
+        last_grad, last_step, s, y = map(vectors.read, (state.last_grad, state.last_step, state.s, state.y))
+        g = vectors.of(grads, last_grad)
 
         # The last step becomes a pair, in place of the oldest one. At an optimum nothing is kept.
-        active = ~(g.abs() <= flat_enough).all()
-        y = g - state.last_grad
-        ys, yy = y.dot(state.last_step), y.dot(y)
+        change = g - last_grad
+        ys, yy, far, size = totals(
+            counted(change).dot(last_step),
+            counted(change).dot(change),
+            (~(g.abs() <= flat_enough)).sum(),
+            counted(g.abs()).sum(),
+        )
+        active = far > 0
         keep = active & (ys > CURVATURE)
         rows = torch.arange(history_size, device=g.device)
         newest = keep & (rows == state.pairs % history_size)
-        s_all = torch.where(newest[:, None], state.last_step, state.s)
-        y_all = torch.where(newest[:, None], y, state.y)
-        products = torch.where(newest, (s_all @ y)[:, None], state.products)
+        s_all = torch.where(newest[:, None], last_step, s)
+        y_all = torch.where(newest[:, None], change, y)
+        sy, sg = totals(s_all @ counted(change), s_all @ counted(g))
+        products = torch.where(newest, sy[:, None], state.products)
         gamma = torch.where(keep, ys / torch.where(keep, yy, 1), state.gamma)
         pairs = state.pairs + keep
 
-        d = _direction(g, s_all, y_all, products, gamma, pairs)
-        slope = g.dot(d)
+        d = _direction(g, sg, s_all, y_all, products, gamma, pairs, vectors)
+        (slope,) = totals(counted(g).dot(d))
         moves = active & ~(slope > -too_small)
         eta: Any = rate(as_time(state.n_iter)) if callable(rate) else rate
-        t: Any = torch.where(state.n_iter == 0, 1 / g.abs().sum().clamp_min(1), 1) * eta
+        t: Any = torch.where(state.n_iter == 0, 1 / size.clamp_min(1), 1) * eta
 
         if line_search_fn is not None:
             require("lbfgs", params=params, value=value, value_fn=value_and_grad_fn or value_fn)
@@ -207,24 +221,28 @@ def lbfgs(
             limits = [n for n in (max_ls, max_evals) if n is not None] or [MAX_LS]
             with torch.no_grad():
 
+                def seen(f: Any, df: Any) -> tuple[float, float]:
+                    slope = counted(vectors.of(gathered(df, params)[0], g)).dot(d)
+                    value, slope = totals(vectors.shares.of_mean(f, slope), slope)
+                    return float(value), float(slope)
+
                 def along(t: float) -> tuple[float, float]:
-                    point = added(params, tree.unflatten(spec, unravel(t * d, grads)))[0]
+                    point = added(params, vectors.leaves(t * d))[0]
                     with torch.enable_grad():
-                        f, df = evaluate(point)
-                    return float(f), float(_ravel(gathered(df, params)[0], g).dot(d))
+                        found = evaluate(point)
+                    return seen(*found)
 
                 if moves.item():
-                    if grad is not None:
-                        seen = tree.map(lambda p, x: x, params, grad)  # a mask hides nothing of it
-                        slope = _ravel(gathered(seen, params)[0], g).dot(d)
-                    start = 0.0, float(value), float(slope)
-                    t = _strong_wolfe(along, float(t), start, float(too_small / d.abs().max()), min(limits))
+                    # A mask hides nothing of a gradient that is given.
+                    at_0 = seen(value, updates if grad is None else tree.map(lambda p, x: x, params, grad))
+                    shortest = float(too_small / vectors.shares.largest(d.abs()))
+                    t = _strong_wolfe(along, float(t), (0.0, *at_0), shortest, min(limits))
 
         step = t * d
-        last = torch.where(active, g, state.last_grad), torch.where(active, step, state.last_step)
+        last = torch.where(active, g, last_grad), torch.where(active, step, last_step)
         step = torch.where(moves, step, 0)
-        new = LbfgsState(state.n_iter + active, pairs, *last, s_all, y_all, products, gamma)
-        return tree.unflatten(spec, unravel(step, grads)), new
+        kept = [vectors.kept(x) for x in (*last, s_all, y_all)]
+        return vectors.leaves(step), LbfgsState._make((state.n_iter + active, pairs, *kept, products, gamma))
 
     return transformation(init, update)
 
@@ -298,16 +316,19 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
     """
     memory_size = integer("memory_size", memory_size, 1)
     # Rules that do nothing: what the lift checks of params and gradients is checked of these.
-    params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots))
-    grads_checked = stateless_with_tree_map(lambda g, p: g, elementwise=False, needs_params=True)
+    params_checked = leafwise(lambda p: _NoSlots(), lambda g, slots, p, step: (g, slots), elementwise=True)
+    grads_checked = stateless_with_tree_map(lambda g, p, sizes: g, elementwise=False, norms=lambda g, p: (), needs_params=True)
 
     def init(params: Any) -> ScaleByLBFGSState:
-        tree.check_here("scale_by_lbfgs", params)
         params_checked.init(params)
-        like = _ravel(tree.leaves(params), owner="scale_by_lbfgs")
+        vector = Vectors("scale_by_lbfgs", *tree.flatten(params)).of(tree.leaves(params))
         zeros = [tree.zeros_like(params) for _ in range(2)]
-        memory = [tree.map(lambda p: p.detach().new_zeros(memory_size, *p.shape), params) for _ in range(2)]
-        return ScaleByLBFGSState._make((tree.new_count(params), *zeros, *memory, like.new_zeros(memory_size)))
+
+        def rows(p: Tensor) -> Tensor:
+            return with_dims(local(p).detach().new_zeros(memory_size, *local(p).shape), p, 1)
+
+        memory = [tree.map(rows, params) for _ in range(2)]
+        return ScaleByLBFGSState._make((tree.new_count(params), *zeros, *memory, vector.new_zeros(memory_size)))
 
     def update(updates: Any, state: ScaleByLBFGSState, params: Any = None, **extra: Any) -> tuple[Any, ScaleByLBFGSState]:
         check_state("scale_by_lbfgs", state, ScaleByLBFGSState)
@@ -316,6 +337,8 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
             return updates, state
         kept = zip(state._fields[1:5], state[1:5], strict=True)
         owners, before, last, *memory = (tree.match(spec, x, name, "updates") for name, x in (("params", params), *kept))
+        vectors = Vectors("scale_by_lbfgs", owners, spec)
+        counted, totals = vectors.counted, vectors.shares.totals
         here = [i for i, p in enumerate(owners) if p is not None]
         for i in here:
             if before[i] is None or before[i].shape != owners[i].shape:
@@ -325,40 +348,45 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         def vector(leaf: Callable[[int], Tensor]) -> Tensor:
             """All leaves, zeros for one whose update is None."""
             leaves = [torch.zeros_like(owners[i]) if grads[i] is None else leaf(i) for i in here]
-            return _ravel(leaves, dtype=state.weights_memory.dtype, owner="scale_by_lbfgs")
+            return vectors.of(leaves, dtype=state.weights_memory.dtype)
 
         # The last step becomes a pair, in place of the oldest one.
         g = vector(lambda i: grads[i])
         s, y = vector(lambda i: owners[i]) - vector(lambda i: before[i]), g - vector(lambda i: last[i])
-        ys, yy, begun = y.dot(s), y.dot(y), state.count > 0
+        squares = [] if vectors.shares.group is None else [counted(g).dot(g)]
+        ys, yy, *squares = totals(counted(y).dot(s), counted(y).dot(y), *squares)
+        size, begun = squares[0].sqrt() if squares else norm(g), state.count > 0
         newest = begun & (torch.arange(memory_size, device=g.device) == (state.count - 1) % memory_size)
         weights = torch.where(newest, ratio(torch.ones_like(ys), ys), state.weights_memory)
-        rows = [torch.cat([as_real(x[i]).to(g.dtype).unsqueeze(-1).flatten(1) for i in here], 1) for x in memory]
+        rows = [vectors.read(tree.unflatten(spec, x), g.dtype, always=True) for x in memory]
         s_all, y_all = (
             torch.where(newest[:, None], torch.where(ys == 0, 0, new), old) for new, old in zip((s, y), rows, strict=True)
         )
 
         # A pair that is not there is zeros, with a product of 1.
-        products = s_all @ y_all.mT + torch.diag_embed((weights == 0).to(g.dtype))
-        scaled = torch.where(begun, torch.where(yy > 0, ratio(ys, yy), 1), 1 / norm(g).clamp_min(1))
-        d = -_direction(g, s_all, y_all, products, scaled if scale_init_precond else 1, state.count)
+        sy, sg = totals(s_all @ counted(y_all).mT, s_all @ counted(g))
+        products = sy + torch.diag_embed((weights == 0).to(g.dtype))
+        scaled = torch.where(begun, torch.where(yy > 0, ratio(ys, yy), 1), 1 / size.clamp_min(1))
+        d = -_direction(g, sg, s_all, y_all, products, scaled if scale_init_precond else 1, state.count, vectors)
 
         likes = [p if x is None else x for x, p in zip(grads, owners, strict=True)]
-        directions = [None if x is None else u for x, u in zip(grads, unravel(d, likes), strict=True)]
+        parts = zip(grads, unravel(d, [local(x) for x in likes]), owners, strict=True)
+        directions = [None if x is None else like(u, p) for x, u, p in parts]
         now = [
             [b if x is None else a.to(b.dtype, copy=True) for x, a, b in zip(grads, new, old, strict=True)]
             for new, old in ((owners, before), (grads, last))
         ]
-        memory = [unravel(x, before) for x in (s_all, y_all)]
-        trees = [tree.unflatten(spec, x) for x in (*now, *memory)]
-        new = ScaleByLBFGSState._make((state.count + 1, *trees, weights))
+        memory = [vectors.laid_out(unravel(x, [local(b) for b in before]), 1) for x in (s_all, y_all)]
+        new = ScaleByLBFGSState._make((state.count + 1, *(tree.unflatten(spec, x) for x in now), *memory, weights))
         return tree.unflatten(spec, directions), new
 
     return transformation(init, update)
 
 
-def _direction(g: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Any, pairs: Tensor) -> Tensor:
-    """The two loops. A pair that is not there yet is zeros, with a product of 1, and adds nothing.
+def _direction(
+    g: Tensor, sg: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Any, pairs: Tensor, vectors: Vectors
+) -> Tensor:
+    """The two loops. A pair that is not there yet is zeros, with a product of 1, and adds nothing. ``sg`` is S g.
 
     R is the upper triangle of the products, oldest pair first. The first loop is R a = -S g, the second, with b its quotients
     and c = a - b, is R'c = D a - Y q, where D is the diagonal of R.
@@ -366,9 +394,10 @@ def _direction(g: Tensor, s: Tensor, y: Tensor, products: Tensor, gamma: Any, pa
     rows = torch.arange(len(products), device=g.device)
     oldest_first, back = (rows + pairs) % len(products), (rows - pairs) % len(products)
     r = products[oldest_first][:, oldest_first].triu()
-    a = torch.linalg.solve_triangular(r, -(s @ g)[oldest_first, None], upper=True)
+    a = torch.linalg.solve_triangular(r, -sg[oldest_first, None], upper=True)
     q = gamma * (-g - a[back, 0] @ y)
-    c = torch.linalg.solve_triangular(r.mT, r.diagonal()[:, None] * a - (y @ q)[oldest_first, None], upper=False)
+    (yq,) = vectors.shares.totals(y @ vectors.counted(q))
+    c = torch.linalg.solve_triangular(r.mT, r.diagonal()[:, None] * a - yq[oldest_first, None], upper=False)
     return q + c[back, 0] @ s
 
 
@@ -434,15 +463,3 @@ def _cubic(a: _Point, b: _Point, bounds: tuple[float, float]) -> float:
     if 0 <= square < math.inf and (curvature := g2 - g1 + 2 * math.sqrt(square)) != 0:
         return min(max(x2 - (x2 - x1) * ((g2 + math.sqrt(square) - d1) / curvature), bounds[0]), bounds[1])
     return (bounds[0] + bounds[1]) / 2
-
-
-def _ravel(tensors: list[Any], like: Tensor | None = None, *, dtype: torch.dtype | None = None, owner: str = "lbfgs") -> Tensor:
-    """All entries of the tensors that there are, as one vector, with the dtype and the length of ``like`` if it is given."""
-    if len(devices := {x.device for x in tensors if x is not None}) > 1:
-        raise ValueError(f"{owner}: the leaves must be on one device, got {', '.join(sorted(map(str, devices)))}")
-    vector = ravel(tensors, dtype if like is None else like.dtype)
-    if like is not None and vector.shape != like.shape:
-        raise ValueError(
-            f"lbfgs: the updates have {len(vector)} entries, the state is of {len(like)}; where some are None pass the params too"
-        )
-    return vector

@@ -93,6 +93,7 @@ def madgrad(
     weight_decay: Scalar = 0.0,
     eps: Scalar = 1e-6,
     *,
+    mask: Any = None,
     maximize: bool = False,
 ) -> GradientTransformation:
     r"""MADGRAD.
@@ -104,6 +105,7 @@ def madgrad(
         momentum: :math:`\beta` in ``[0, 1)``, see :func:`scale_by_madgrad`.
         weight_decay: L2 coefficient :math:`\lambda \ge 0`.
         eps: :math:`\epsilon \ge 0`.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
         maximize: ascend instead.
 
     Raises:
@@ -119,4 +121,4 @@ def madgrad(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([-1.])}
     """
-    return chain(negate_if(maximize), add_decayed_weights(weight_decay), scale_by_madgrad(lr, momentum, eps))
+    return chain(negate_if(maximize), add_decayed_weights(weight_decay, mask), scale_by_madgrad(lr, momentum, eps))

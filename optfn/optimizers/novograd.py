@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optfn.checks import alias, is_zero, number
-from optfn.compose import chain, negate_if
+from optfn.compose import chain, chosen, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import Extent, leafwise
 from optfn.numerics import Scalar, add_scaled, compute_dtype, lerp, sqrt
@@ -35,6 +35,8 @@ def scale_by_novograd(
     eps_root: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
     mu_dtype: torch.dtype | None = None,
+    *,
+    mask: Any = None,
 ) -> GradientTransformation:
     r"""Rescale updates by NovoGrad.
 
@@ -49,6 +51,7 @@ def scale_by_novograd(
         eps_root: :math:`\bar\epsilon \ge 0`, in the units of the squared gradient.
         weight_decay: :math:`\lambda \ge 0`; the decay is part of the sum.
         mu_dtype: dtype of the sum; the parameter's if None.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
 
     Raises:
         TypeError: from ``update``: ``params`` is missing, and there is a decay.
@@ -70,16 +73,23 @@ def scale_by_novograd(
     def init(p: Tensor) -> NovogradSlots:
         return NovogradSlots(torch.zeros_like(p, dtype=mu_dtype), p.new_zeros((), dtype=compute_dtype(p)))
 
-    def update(g: Tensor, slots: NovogradSlots, p: Any, weight: Tensor, extents: tuple[Extent]) -> tuple[Tensor, NovogradSlots]:
+    def update(
+        g: Tensor, slots: NovogradSlots, p: Any, weight: Tensor, decays: bool, extents: tuple[Extent]
+    ) -> tuple[Tensor, NovogradSlots]:
         nu = lerp(slots.nu, extents[0].norm.square(), weight)
         rescaled = g / (sqrt(nu, eps_root) + eps)
-        mu = add_scaled(rescaled if is_zero(decay) else add_scaled(rescaled, p, decay), slots.mu, b1)
+        mu = add_scaled(add_scaled(rescaled, p, decay) if decays else rescaled, slots.mu, b1)
         return mu, NovogradSlots(mu, nu)
 
     def at_step(step: Tensor) -> Tensor:
         return 1 - (step > 1).to(step.dtype) * b2  # 1 in the first step
 
-    return leafwise(init, update, norms=lambda g, p: (g,), at_step=at_step, needs_params=not is_zero(decay))
+    def decays(params: Any) -> list[Any]:
+        found = chosen(mask, params)
+        return [False] * len(found) if is_zero(decay) else found
+
+    needs_params = not is_zero(decay)
+    return leafwise(init, update, norms=lambda g, p: (g,), at_step=at_step, needs_params=needs_params, per_leaf=decays)
 
 
 @alias
@@ -91,6 +101,7 @@ def novograd(
     *,
     eps_root: Scalar = 0.0,
     mu_dtype: torch.dtype | None = None,
+    mask: Any = None,
     maximize: bool = False,
 ) -> GradientTransformation:
     r"""NovoGrad.
@@ -104,6 +115,7 @@ def novograd(
         weight_decay: :math:`\lambda \ge 0`; the decay is part of the momentum.
         eps_root: :math:`\bar\epsilon \ge 0`, in the units of the squared gradient.
         mu_dtype: dtype of the momentum; the parameter's if None.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
         maximize: ascend instead; the decay still pulls to 0.
 
     Raises:
@@ -119,5 +131,5 @@ def novograd(
         >>> optfn.apply_updates(params, updates)
         {'w': tensor([0.9000])}
     """
-    rule = scale_by_novograd(*betas, eps, eps_root, weight_decay, mu_dtype)
+    rule = scale_by_novograd(*betas, eps, eps_root, weight_decay, mu_dtype, mask=mask)
     return chain(negate_if(maximize), rule, scale_by_learning_rate(lr))

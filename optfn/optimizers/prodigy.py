@@ -1,12 +1,13 @@
 """Adam whose learning rate is found from the distance to the start: Prodigy and D-Adaptation."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optfn.checks import alias, number
-from optfn.compose import chain, negate_if
+from optfn.compose import chain, chosen, negate_if
 from optfn.core import GradientTransformation
 from optfn.leafwise import coupled
 from optfn.numerics import Scalar, average_square, bias_correction, lerp, ratio, sqrt
@@ -71,6 +72,8 @@ def scale_by_prodigy(
     estim_lr_coef: Scalar = 1.0,
     weight_decay: Scalar = 0.0,
     safeguard_warmup: bool = False,
+    *,
+    mask: Any = None,
 ) -> GradientTransformation:
     r"""Rescale updates by Prodigy: Adam with the step size :math:`\gamma d_t`; :math:`d` estimates the distance to the solution.
 
@@ -94,6 +97,7 @@ def scale_by_prodigy(
         estim_lr_coef: :math:`c > 0`, a factor of the estimates.
         weight_decay: :math:`\lambda \ge 0`.
         safeguard_warmup: leave :math:`\gamma` and the bias correction out of :math:`s_t`, for a learning rate that warms up.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
 
     Raises:
         TypeError: from ``update``: ``params`` is missing.
@@ -132,13 +136,18 @@ def scale_by_prodigy(
         numerator = b3 * shared.numerator_weighted + d / d0 * product
         return EstimateShared(torch.maximum(d, coef * ratio(numerator, size)), numerator, d)
 
-    def update(g: Tensor, slots: ProdigySlots, p: Tensor, step: Any, shared: EstimateShared) -> tuple[Tensor, ProdigySlots]:
+    def update(
+        g: Tensor, slots: ProdigySlots, p: Tensor, step: Any, shared: EstimateShared, decays: bool
+    ) -> tuple[Tensor, ProdigySlots]:
         size, _ = step
         direction = slots.mu / (sqrt(slots.nu) + shared.estim_lr * eps)
-        return shared.last_estim_lr * size * (direction + weight_decay * p), slots
+        return shared.last_estim_lr * size * (direction + weight_decay * p if decays else direction), slots
 
     start: Any = EstimateShared(1.0 * d0, 0.0, 0.0)  # type: ignore[arg-type]
-    return coupled(init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True)
+    marks = partial(chosen, mask)
+    return coupled(
+        init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True, per_leaf=marks
+    )
 
 
 @alias
@@ -148,6 +157,8 @@ def scale_by_dadapt_adamw(
     eps: Scalar = 1e-8,
     estim_lr0: Scalar = 1e-6,
     weight_decay: Scalar = 0.0,
+    *,
+    mask: Any = None,
 ) -> GradientTransformation:
     r"""Rescale updates by D-Adaptation: Adam with a step size :math:`\gamma d_t` that estimates the distance to the solution.
 
@@ -168,6 +179,7 @@ def scale_by_dadapt_adamw(
         eps: :math:`\epsilon \ge 0`, in the units of the gradient.
         estim_lr0: :math:`d_0 > 0`, less than the distance to the solution.
         weight_decay: :math:`\lambda \ge 0`.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
 
     Raises:
         TypeError: from ``update``: ``params`` is missing.
@@ -206,11 +218,17 @@ def scale_by_dadapt_adamw(
         numerator = b3 * shared.numerator_weighted + (1 - b3) * product
         return EstimateShared(torch.maximum(d, ratio(numerator, (1 - b3) * size)), numerator, d)
 
-    def update(g: Tensor, slots: DAdaptSlots, p: Tensor, size: Tensor, shared: EstimateShared) -> tuple[Tensor, DAdaptSlots]:
-        return slots.mu / (sqrt(slots.nu) + eps) + shared.last_estim_lr * size * weight_decay * p, slots
+    def update(
+        g: Tensor, slots: DAdaptSlots, p: Tensor, size: Tensor, shared: EstimateShared, decays: bool
+    ) -> tuple[Tensor, DAdaptSlots]:
+        direction = slots.mu / (sqrt(slots.nu) + eps)
+        return direction + shared.last_estim_lr * size * weight_decay * p if decays else direction, slots
 
     start: Any = EstimateShared(1.0 * d0, 0.0, 0.0)  # type: ignore[arg-type]
-    return coupled(init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True)
+    marks = partial(chosen, mask)
+    return coupled(
+        init, measure, decide, update, shared=start, elementwise=True, at_step=at_step, needs_params=True, per_leaf=marks
+    )
 
 
 @alias
@@ -224,6 +242,7 @@ def prodigy(
     weight_decay: Scalar = 0.0,
     safeguard_warmup: bool = False,
     *,
+    mask: Any = None,
     maximize: bool = False,
 ) -> GradientTransformation:
     r"""Prodigy: AdamW whose learning rate is found.
@@ -239,6 +258,7 @@ def prodigy(
         estim_lr_coef: a factor of the estimates.
         weight_decay: decoupled, times the step size that is found.
         safeguard_warmup: for a learning rate that warms up.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
         maximize: ascend instead; the decay still pulls to 0.
 
     Raises:
@@ -256,7 +276,7 @@ def prodigy(
     """
 
     def rule(lr: Scalar) -> GradientTransformation:
-        return scale_by_prodigy(lr, betas, beta3, eps, estim_lr0, estim_lr_coef, weight_decay, safeguard_warmup)
+        return scale_by_prodigy(lr, betas, beta3, eps, estim_lr0, estim_lr_coef, weight_decay, safeguard_warmup, mask=mask)
 
     return chain(negate_if(maximize), with_learning_rate(rule, lr), scale(-1.0))
 
@@ -269,6 +289,7 @@ def dadapt_adamw(
     estim_lr0: Scalar = 1e-6,
     weight_decay: Scalar = 0.0,
     *,
+    mask: Any = None,
     maximize: bool = False,
 ) -> GradientTransformation:
     r"""D-Adaptation: AdamW whose learning rate is found.
@@ -281,6 +302,7 @@ def dadapt_adamw(
         eps: added to the root.
         estim_lr0: the first estimate.
         weight_decay: decoupled, times the step size that is found.
+        mask: True for the leaves that decay, as in :func:`masked`; None for all.
         maximize: ascend instead; the decay still pulls to 0.
 
     Raises:
@@ -298,6 +320,6 @@ def dadapt_adamw(
     """
 
     def rule(lr: Scalar) -> GradientTransformation:
-        return scale_by_dadapt_adamw(lr, betas, eps, estim_lr0, weight_decay)
+        return scale_by_dadapt_adamw(lr, betas, eps, estim_lr0, weight_decay, mask=mask)
 
     return chain(negate_if(maximize), with_learning_rate(rule, lr), scale(-1.0))

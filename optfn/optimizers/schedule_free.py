@@ -16,6 +16,7 @@ from optfn.schedules import ScalarOrSchedule, as_time
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 from optfn.wrappers.finite import select
+from optfn.wrappers.mechanic import MechanizeState
 
 __all__ = ["ScheduleFreeState", "schedule_free", "schedule_free_adamw", "schedule_free_eval_params", "schedule_free_sgd"]
 
@@ -143,7 +144,8 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
             others, they are None.
 
     Raises:
-        TypeError: there is no such state in ``state``.
+        TypeError: there is no such state in ``state``; or it is within :func:`mechanize`, which scales the steps, but not those of
+            ``z``, so that :math:`y` is no mean of :math:`z` and :math:`x`.
         ValueError: the structures differ; or what :func:`flatten` was handed is not ``params``, or cannot be told, as there are
             several such states.
 
@@ -158,6 +160,12 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
     if not states:
         raise TypeError(f"schedule_free_eval_params needs a state with that of schedule_free inside, got {type(state).__name__}")
 
+    if any(isinstance(part, ScheduleFreeState) for tuned in tree.subtrees(state) for part in _within_mechanize(tuned)):
+        raise TypeError(
+            "schedule_free_eval_params: schedule_free ran within mechanize, which scales its steps, but not those of z, so that "
+            "the parameters are no mean of z and the average of its steps: evaluate the parameters, or leave mechanize out"
+        )
+
     if any(isinstance(s.z, Tensor) and not (isinstance(params, Tensor) and params.shape == s.z.shape) for s in states):
         return _eval_vector(states, params)
 
@@ -168,6 +176,10 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
         return y
 
     return tree.map_entries(evaluated, params, *(s.z for s in states))
+
+
+def _within_mechanize(state: Any) -> list[Any]:
+    return tree.subtrees(state.inner_state) if isinstance(state, MechanizeState) else []
 
 
 def _average(state: ScheduleFreeState, y: Tensor, z: Tensor) -> Tensor:

@@ -63,7 +63,6 @@ def hutchinson_estimator_diag_hessian(random_seed: int | Tensor | None = None) -
     start = random.as_key("hutchinson_estimator_diag_hessian", 0 if random_seed is None else random_seed)
 
     def init(params: Any) -> HutchinsonState:
-        tree.check_here("hutchinson_estimator_diag_hessian", params)
         return HutchinsonState(start.to(tree.new_count(params).device, copy=True))
 
     def update(
@@ -137,7 +136,8 @@ def scale_by_sophia(
     it is that of the entries of the updates below ``clip_threshold``.
 
     An estimate costs two to three gradients, and is made only when it is due, compiled by :func:`optfn.compile` too, see
-    :func:`optfn.tree.cond`. Each process makes its own: average them in a ``hessian_diagonal_fn`` of yours.
+    :func:`optfn.tree.cond`. Each process makes its own of its
+    ``obj_fn``: give one of the loss of all, or average them in a ``hessian_diagonal_fn`` of yours.
 
     Args:
         b1: :math:`\beta_1` in ``[0, 1)``.
@@ -183,7 +183,8 @@ def scale_by_sophia(
     def first_moment(p: Tensor) -> SophiaSlots:
         return SophiaSlots(torch.zeros_like(p, dtype=mu_dtype))
 
-    scaled = leafwise(first_moment, rule, at_step=lambda step: bias_correction(b1, step), needs_params=True)
+    correction = lambda step: bias_correction(b1, step)  # noqa: E731
+    scaled = leafwise(first_moment, rule, elementwise=True, at_step=correction, needs_params=True)
 
     def init(params: Any) -> SophiaState:
         return SophiaState(tree.new_count(params), scaled.init(params), average.init(params), estimator.init(params))

@@ -11,6 +11,7 @@ from optfn.checks import check_state, number
 from optfn.core import GradientTransformation, stateless, transformation
 from optfn.leafwise import Extent, stateless_with_tree_map
 from optfn.numerics import Scalar, compute_dtype, widened_scalar
+from optfn.sharding import Shares, is_sharded, local, with_dims
 from optfn.transforms.scaling import scale
 
 __all__ = [
@@ -246,12 +247,21 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: Scalar) -> tuple[Any,
         ({'w': tensor([0.6000, 1.3000])}, tensor(1))
     """
     bound = number("l2_norm_clip", l2_norm_clip, at_least=0)
-    norms = [_example_norms(g) for g in _with_examples("per_example_global_norm_clip", grads)]
+    leaves = _with_examples("per_example_global_norm_clip", grads)
+    _check_examples_are_here("per_example_global_norm_clip", grads)
+    norms = [_example_norms(local(g)) for g in leaves]
     if not norms:
         return grads, tree.new_count(grads)
-    wide = compute_dtype(*norms)
-    factors = _factors(torch.linalg.vector_norm(torch.stack([x.to(norms[0].device, wide) for x in norms]), dim=0), bound)
-    return tree.map(lambda g: _weighted_sum(factors, g), grads), (factors < 1).sum()
+    wide, shares = compute_dtype(*norms), Shares(leaves)
+    stacked = torch.stack([x.to(norms[0].device, wide) for x in norms])
+    if shares.group is None:
+        total = torch.linalg.vector_norm(stacked, dim=0)
+    else:
+        parts = torch.tensor(shares.parts, dtype=torch.float64, device=stacked.device)[:, None]
+        (squares,) = shares.totals((stacked.double().square() / parts).sum(0))  # of float32 no overflow
+        total = squares.sqrt().to(wide)
+    factors = _factors(total, bound)
+    return tree.map(lambda g: with_dims(_weighted_sum(factors, local(g)), g, -1), grads), (factors < 1).sum()
 
 
 def per_example_layer_norm_clip(grads: Any, global_l2_norm_clip: Scalar, uniform: bool = True) -> tuple[Any, Any]:
@@ -298,6 +308,14 @@ def _with_examples(owner: str, grads: Any) -> list[Tensor]:
             count = leaves[0].shape[0] if leaves[0].ndim else "the number of examples"
             raise ValueError(f"{owner}: {path!r} must have a first dimension of {count}, the examples, got shape {tuple(g.shape)}")
     return leaves
+
+
+def _check_examples_are_here(owner: str, grads: Any) -> None:
+    for path, g in zip(tree.paths(grads), tree.flatten(grads)[0], strict=True):
+        if is_sharded(g) and any(getattr(p, "dim", None) == 0 for p in g.placements):
+            raise TypeError(
+                f"{owner}: {path!r} is cut in its first dimension, that of the examples: all processes must have all of them"
+            )
 
 
 def _example_norms(g: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from optfn.checks import check_state, number, require
 from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import aligned
 from optfn.numerics import Scalar, as_real, compute_dtype, real_dtype
+from optfn.sharding import Shares, is_sharded, placed_as
+from optfn.sweep import as_pieces
 from optfn.transforms.scaling import scale
 
 __all__ = [
@@ -125,6 +127,9 @@ def scale_by_backtracking_linesearch(
     compiled, where no number can be read, all ``max_backtracking_steps + 1`` trials are made, and those after the last one change
     nothing. To a derivative the step size is a constant.
 
+    Where leaves lie on several processes, ``value_fn`` gives the loss of all of them on each, and is called by all at once. What
+    is looked at is the mean of what they have, so that all take the same step.
+
     Args:
         max_backtracking_steps: how often the step is made smaller at most, at least 0.
         slope_rtol: :math:`c \ge 0`.
@@ -162,7 +167,6 @@ def scale_by_backtracking_linesearch(
     absolute, relative = number("atol", atol, at_least=0), number("rtol", rtol, at_least=0)
 
     def init(params: Any) -> ScaleByBacktrackingLinesearchState:
-        tree.check_here("scale_by_backtracking_linesearch", params)
         one, count = _one(params), tree.new_count(params)
         info = BacktrackingLinesearchInfo(count, torch.inf * one)
         return ScaleByBacktrackingLinesearchState(one, torch.inf * one, tree.zeros_like(params) if store_grad else (), info)
@@ -184,7 +188,7 @@ def scale_by_backtracking_linesearch(
 
         with torch.no_grad():
             line = _Line(params, updates, state.learning_rate)
-            f, slope = line.number(value), line.slope(grad)
+            f, slope = line.seen(value, grad)
 
             def trial(last: _Backtracking) -> _Backtracking:
                 step = torch.where(last.count > 0, shrink * last.step, last.step).to(f.dtype)
@@ -193,8 +197,9 @@ def scale_by_backtracking_linesearch(
                     pullbacks[:] = [pullback]
                 else:
                     new = fun(line.at(step))
-                error = line.number(new) - (1 + relative) * f - c * step * slope
-                return _Backtracking(last.count + 1, step, line.number(new), _error(error).to(f.dtype))
+                new, _ = line.seen(new)
+                error = new - (1 + relative) * f - c * step * slope
+                return _Backtracking(last.count + 1, step, new, _error(error).to(f.dtype))
 
             # After a step of 0 there is nothing to make longer.
             first = torch.where(state.learning_rate > 0, grow * state.learning_rate, longest).clamp_max(longest).to(f.dtype)
@@ -285,7 +290,8 @@ def scale_by_zoom_linesearch(
     :func:`torch.func.grad`, or with ``value_and_grad_fn(params) -> (value, grads)`` in its place. Eagerly each trial is one
     evaluation, and waits for the device to say whether it was the last. Within ``vmap`` and compiled, where no number can be
     read, all ``max_linesearch_steps`` trials are made, and those after the last one change nothing. To a derivative the step
-    size is a constant.
+    size is a constant. Of leaves that lie on several processes each trial is one all_reduce, as in
+    :func:`scale_by_backtracking_linesearch`.
 
     Args:
         max_linesearch_steps: trials at most, at least 1.
@@ -338,7 +344,7 @@ def scale_by_zoom_linesearch(
         longer = longer if longest is None else longer.clamp_max(longest)
         step = torch.where(state.found, _inside(state.low, state.high, state.third), longer).to(guess.dtype)
         value, grad = evaluate(line.at(step))
-        new = _Point(step, line.number(value), line.slope(grad))
+        new = _Point(step, *line.seen(value, grad))
         grad, count = line.like_params(grad), state.count + 1
         decrease_error, curvature_error = (x.to(step.dtype) for x in errors(new, start))
         good = torch.maximum(decrease_error, curvature_error) <= tol
@@ -374,7 +380,6 @@ def scale_by_zoom_linesearch(
         )
 
     def init(params: Any) -> ScaleByZoomLinesearchState:
-        tree.check_here("scale_by_zoom_linesearch", params)
         one, count = _one(params), tree.new_count(params)
         info = ZoomLinesearchInfo(count, torch.inf * one, torch.inf * one)
         return ScaleByZoomLinesearchState(one, torch.inf * one, tree.zeros_like(params), info)
@@ -398,7 +403,7 @@ def scale_by_zoom_linesearch(
 
         with torch.no_grad():
             line = _Line(params, updates, state.learning_rate)
-            start = _Point(torch.zeros_like(line.like), line.number(value), line.slope(grad))
+            start = _Point(torch.zeros_like(line.like), *line.seen(value, grad))
             given, no = line.like_params(grad), torch.zeros_like(line.like, dtype=torch.bool)
             one, infinite = torch.ones_like(line.like), torch.full_like(line.like, torch.inf)
             guess = one if initial_guess_strategy == "one" else torch.where(state.learning_rate > 0, state.learning_rate, one)
@@ -469,10 +474,18 @@ class _Line:
         self.params = tree.map(Tensor.detach, params)
         self.updates = [None if u is None else u.detach() for u in leaves.grads]
         self.like = like.detach()
+        self.pieces = as_pieces(leaves)
+        self.shares = Shares([h for h in self.pieces.homes or () if h is not None])
 
     def at(self, step: Tensor) -> Any:
         """The parameters after a step, as :func:`optfn.apply_updates` makes them of the scaled updates."""
         return added(self.params, scale(step).update(tree.unflatten(self.spec, self.updates), ())[0])[0]
+
+    def seen(self, value: Any, grad: Any = None) -> tuple[Tensor, Tensor]:
+        """Value and slope, the same on all processes: the mean of the values that they have, the sum of their slopes."""
+        slope = torch.zeros_like(self.like) if grad is None else self.slope(grad)
+        found = self.shares.totals(self.number(self.shares.of_mean(value, slope)), slope)
+        return found[0], found[1]
 
     def number(self, x: Any) -> Tensor:
         x = torch.as_tensor(x, device=self.like.device)
@@ -482,10 +495,22 @@ class _Line:
 
     def slope(self, grad: Any) -> Tensor:
         """The derivative along the updates; a leaf that does not move, or has no gradient, adds nothing."""
+        if self.shares.group is not None:
+            return self.share_of_slope(grad)
         total, grads = torch.zeros_like(self.like), tree.match(self.spec, grad, "grad", "params")
         for u, g in zip(self.updates, grads, strict=True):
             if u is not None and g is not None:
                 total = total + (as_real(u).to(total.dtype) * as_real(g.detach()).to(total.dtype)).sum().to(total.device)
+        return total
+
+    def share_of_slope(self, grad: Any) -> Tensor:
+        """What the pieces that are here add to the derivative along the updates."""
+        total, parts = torch.zeros_like(self.like), iter(self.shares.parts)
+        moved = as_pieces(aligned(grad, self.params))
+        for u, g, p in zip(self.pieces.grads, moved.grads, moved.owners, strict=True):
+            part = 1 if p is None else next(parts)
+            if u is not None and g is not None:
+                total = total + (as_real(u).to(total.dtype) * as_real(g.detach()).to(total.dtype)).sum().to(total.device) / part
         return total
 
     def like_params(self, grad: Any) -> Any:
@@ -493,7 +518,7 @@ class _Line:
         grads, params = tree.match(self.spec, grad, "grad", "params"), tree.flatten(self.params)[0]
 
         def kept(g: Any, p: Any) -> Any:
-            return None if p is None else torch.zeros_like(p) if g is None else g.detach().to(p.dtype)
+            return None if p is None else torch.zeros_like(p) if g is None else placed_as(g.detach().to(p.dtype), p)
 
         return tree.unflatten(self.spec, [kept(g, p) for g, p in zip(grads, params, strict=True)])
 
@@ -549,6 +574,9 @@ def _with_arguments(function: Callable[..., Any], extra: Mapping[str, Any]) -> C
 def _with_pullback(function: Callable[..., Any], params: Any) -> tuple[Any, Callable[[], Any]]:
     """The value of a function, and what gives its gradient when that is wanted."""
     present, rebuilt = tree.tensors(params)
+    if any(map(is_sharded, present)):
+        taped = tree.Taped(lambda present: function(rebuilt(present)), present)
+        return taped.value.detach(), lambda: rebuilt(taped.grads())
     value, pullback, *_ = torch.func.vjp(lambda *present: function(rebuilt(present)), *present)
     return value, lambda: rebuilt(pullback(torch.ones_like(value)))
 

@@ -10,6 +10,7 @@ from optfn.core import GradientTransformation
 from optfn.leafwise import begin_of, lifted, stateless_with_tree_map
 from optfn.numerics import Scalar, as_real, compute_dtype, sqrt
 from optfn.schedules import as_time
+from optfn.sharding import drawn
 from optfn.sweep import Leaves, Sweep
 
 __all__ = ["AddNoiseState", "add_noise"]
@@ -73,10 +74,11 @@ def add_noise(eta: Scalar, gamma: Scalar, key: int | Tensor | None = None) -> Gr
         keys = random.split(now, leaves.spec.num_leaves)
 
         def each(i: int, g: Tensor, p: Tensor | None) -> Tensor:
-            z = as_real(random.normal(keys[i].to(g.device), g.shape, compute_dtype(g, p)))
+            home = g if leaves.homes is None else leaves.homes[i]
+            z = as_real(drawn(random.normal, keys[i].to(g.device), g, home, compute_dtype(g, p)))
             noisy = stateless_with_tree_map(lambda g, p: g + sigma.to(g.device) * z)
             return begin_of(noisy)(leaves, ()).each(i, g, p)
 
-        return Sweep(each, lambda: AddNoiseState(count, after), reads_params=False)
+        return Sweep(each, lambda: AddNoiseState(count, after), "entries", reads_params=False)
 
     return lifted(init, begin, check=check)

@@ -40,6 +40,7 @@ from optfn.tree.arithmetic import (
 from optfn.tree.branch import cond
 from optfn.tree.branch import decided as decided
 from optfn.tree.structure import NAMESPACE as NAMESPACE
+from optfn.tree.structure import Taped as Taped
 from optfn.tree.structure import (
     cast,
     children,

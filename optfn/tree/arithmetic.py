@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optfn import numerics, random
 from optfn.numerics import Scalar, compute_dtype, widened_scalar
-from optfn.sharding import entrywise, joint_extremes, joint_sums, local, placed_as
+from optfn.sharding import cut, drawn, entrywise, is_sharded, joint_extremes, joint_sums, like, local, placed_as
 from optfn.tree.structure import flatten, global_norm, leaves, map, map_entries, match, paths
 
 __all__ = [
@@ -273,7 +273,7 @@ def random_like(
 
     Args:
         rng_key: a key of :mod:`optfn.random`, not to be used again.
-        target_tree: gives structure and shapes; the numbers are where the key is.
+        target_tree: gives structure and shapes; the numbers are where the key is, and lie on several processes as a leaf does.
         sampler: ``sampler(key, shape, dtype)``, such as :func:`optfn.random.uniform`.
         dtype: as in :func:`zeros_like`.
 
@@ -281,7 +281,15 @@ def random_like(
         >>> random_like(optfn.random.key(7), {"w": torch.zeros(2), "b": torch.zeros(())})
         {'w': tensor([0.4541, 0.9392]), 'b': tensor(1.1140)}
     """
-    return map(lambda x, key: sampler(key, x.shape, dtype or x.dtype), target_tree, split_key_like(rng_key, target_tree))
+
+    def numbers(x: Tensor, key: Tensor) -> Tensor:
+        if not is_sharded(x):
+            return sampler(key, x.shape, dtype or x.dtype)
+        if getattr(sampler, "__module__", None) != random.__name__:
+            return cut(sampler(key, x.shape, dtype or x.dtype), x)
+        return like(drawn(sampler, key, local(x), x, dtype or x.dtype), x)
+
+    return map(numbers, target_tree, split_key_like(rng_key, target_tree))
 
 
 # All entries together

@@ -11,7 +11,7 @@ from optree.utils import total_order_sorted
 from torch import Tensor
 
 from optfn import numerics
-from optfn.sharding import entrywise, is_sharded, joint_norms, local
+from optfn.sharding import entrywise, is_sharded, joint_norms, local, placed_as, whole
 
 __all__ = [
     "cast",
@@ -375,7 +375,8 @@ def tensors(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
 def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, Any]]:
     """The function that gives the value of ``fun`` and its gradient, a tree like its argument, None where that is None.
 
-    It is :func:`torch.func.grad_and_value` with the value first, for every tree that this library takes.
+    It is :func:`torch.func.grad_and_value` with the value first, for every tree that this library takes. Where leaves lie on
+    several processes it is :func:`torch.autograd.grad`, as torch.func does not know these (torch 2.13 gives another value).
 
     Args:
         fun: a function of one tree of tensors, to a 0-dim tensor.
@@ -391,10 +392,47 @@ def value_and_grad(fun: Callable[[Any], Any]) -> Callable[[Any], tuple[Tensor, A
 
     def both(tree: Any) -> tuple[Tensor, Any]:
         present, rebuilt = tensors(tree)
+        if any(map(is_sharded, present)):
+            taped = Taped(lambda present: fun(rebuilt(present)), present)
+            return taped.value.detach(), rebuilt(taped.grads())
         grads, value = torch.func.grad_and_value(lambda present: _number(fun(rebuilt(present))))(present)
         return value, rebuilt(grads)
 
     return both
+
+
+class Taped:
+    """A function of tensors that lie on several processes, recorded by torch.autograd.
+
+    Attributes:
+        given: the tensors, which require grad.
+        value: of the function, whole.
+    """
+
+    def __init__(self, fun: Callable[[list[Any]], Any], present: Sequence[Any]) -> None:
+        with torch.enable_grad():
+            self.given = [x.detach().requires_grad_() for x in present]
+            self.value = _number(whole(fun(self.given)))
+
+    def grads(self) -> list[Any]:
+        """The gradient, laid out as the tensors."""
+        return [placed_as(g.detach(), x) for g, x in zip(self.recorded_grads(), self.given, strict=True)]
+
+    def recorded_grads(self, *, again: bool = False) -> Sequence[Any]:
+        """The gradient as it comes, recorded ``again`` if it is to be differentiated."""
+        if not self.value.requires_grad:
+            return [torch.zeros_like(x) for x in self.given]
+        return torch.autograd.grad(self.value, self.given, create_graph=again, allow_unused=True, materialize_grads=True)
+
+    def hessian_product(self, tangents: Sequence[Any]) -> list[Any]:
+        """The product of the Hessian and tensors like the given ones."""
+        grads = self.recorded_grads(again=True)
+        pairs = [(g, v.to(g.dtype)) for g, v in zip(grads, tangents, strict=True) if g.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in self.given]
+        outputs, vectors = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, self.given, vectors, allow_unused=True, materialize_grads=True)
+        return [placed_as(h, x) for h, x in zip(found, self.given, strict=True)]
 
 
 def _number(value: Any) -> Tensor:
@@ -771,15 +809,15 @@ def new_count(params: Any) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=next((p.device for p in leaves(params)), None))
 
 
-def check_here(owner: str, params: Any) -> None:
+def check_here(owner: str, params: Any, advice: str = "pass whole tensors") -> None:
     """Raise a TypeError if a leaf lies on several processes, for what takes no such leaves.
 
     Example:
-        >>> check_here("lbfgs", {"w": torch.ones(2)})
+        >>> check_here("flatten", {"w": torch.ones(2)})
     """
     for path, p in zip(paths(params), flatten(params)[0], strict=True):
         if is_sharded(p):
-            raise TypeError(f"{owner}: {path!r} lies on several processes, which {owner} does not take: pass whole tensors")
+            raise TypeError(f"{owner}: {path!r} lies on several processes, which {owner} does not take: {advice}")
 
 
 def checked(tree: Any, name: str) -> tuple[list[Any], Any]:

@@ -28,8 +28,10 @@ def flatten(inner: GradientTransformation) -> GradientTransformation:
     Args:
         inner: the transformation.
 
+    Leaves that lie on several processes are refused: the pieces that a process has are no piece of one vector.
+
     Raises:
-        TypeError: ``inner`` is no transformation.
+        TypeError: ``inner`` is no transformation; from ``init``: a leaf lies on several processes.
         ValueError: from ``update``: structures or shapes differ.
 
     Example:
@@ -42,7 +44,7 @@ def flatten(inner: GradientTransformation) -> GradientTransformation:
 
     def init(params: Any) -> Any:
         found, _ = tree.checked(params, "flatten: params")
-        tree.check_here("flatten", params)
+        tree.check_here("flatten", params, "run the transformation without it, which keeps each piece where it lies")
         return inner.init(ravel(found))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
