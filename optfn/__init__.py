@@ -3,7 +3,7 @@
 An optimizer is an immutable pair of functions over trees of tensors, ``init`` and ``update``; pairs compose by :func:`chain`.
 """
 
-from optfn import interop, microbatching, perturbations, projections, random, second_order, tree
+from optfn import distributed, interop, microbatching, perturbations, projections, random, second_order, tree
 from optfn.compile import compile
 from optfn.compose import (
     MaskedState,
@@ -327,6 +327,7 @@ __all__ = [
     "cyclic_lr",
     "dadapt_adamw",
     "differentially_private_aggregate",
+    "distributed",
     "dog",
     "dowg",
     "dpsgd",

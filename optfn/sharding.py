@@ -22,6 +22,7 @@ __all__ = [
     "cut",
     "entrywise",
     "group_of",
+    "in_blocks",
     "is_sharded",
     "joint_extremes",
     "joint_norms",
@@ -107,9 +108,9 @@ def placed_as(x: Any, home: Any) -> Any:
     return cut(whole(x), home)
 
 
-def cut(x: Tensor, home: Any) -> Any:
-    """A tensor that is whole on every process, with its pieces where those of ``home`` are."""
-    return like(_cut(x, rows_of(home)).clone(), home)
+def cut(x: Tensor, home: Any, device: Any = None) -> Any:
+    """A tensor that is whole on every process, with its pieces where those of ``home`` are; on its own device by default."""
+    return like(_cut(x, rows_of(home)).to(x.device if device is None else device, copy=True), home)
 
 
 def entrywise(f: Callable[..., Any], *tensors: Any) -> Any:
@@ -309,6 +310,11 @@ def _as_slice(indices: Sequence[int]) -> Any:
 def rows_of(home: Any) -> Indices:
     """Where the piece of this process lies in the whole tensor."""
     return _pieces(home._spec)[_rank(home)]
+
+
+def in_blocks(home: Any) -> bool:
+    """Whether the piece of every process is a block of the whole tensor, rows and columns without gaps."""
+    return all(isinstance(index, slice) for piece in _pieces(home._spec) for index in piece)
 
 
 def _rank(home: Any) -> int:

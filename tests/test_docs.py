@@ -54,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_public_name_is_in_the_api(built: Path) -> None:
     inventory = InventoryFile.loads((built / "objects.inv").read_bytes(), uri="").data
     documented = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
-    names = ("interop", "microbatching", "perturbations", "projections", "random", "second_order", "tree")
+    names = ("distributed", "interop", "microbatching", "perturbations", "projections", "random", "second_order", "tree")
     modules = {"optfn": optfn, **{f"optfn.{name}": getattr(optfn, name) for name in names}}
     wanted = {f"{prefix}.{name}" for prefix, module in modules.items() for name in module.__all__ if name != "__version__"}
     assert wanted <= documented, f"not in docs/api: {sorted(wanted - documented)}"
