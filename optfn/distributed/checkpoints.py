@@ -15,7 +15,6 @@ import re
 import shutil
 import uuid
 import warnings
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 _WHOLE = re.compile(r"checkpoint-(\d+)")
 _LEFT = re.compile(r"(unfinished|old)-\d+-[0-9a-f]{32}")
-_PLAIN_KINDS = (dict, OrderedDict, defaultdict, list, tuple)
+_PLAIN_KINDS = {"dict", "OrderedDict", "defaultdict", "list", "tuple"}
 
 
 def save(folder: str | os.PathLike[str], tree: Any, *, asynchronous: bool = False) -> Future[Path]:
@@ -105,9 +104,10 @@ def load(folder: str | os.PathLike[str], like: Any) -> Any:
 
     Every error is raised by all processes.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     _wait()
     group = _group()
@@ -116,10 +116,11 @@ def load(folder: str | os.PathLike[str], like: Any) -> Any:
     flat = _agreed(like, "like", group)
     _together(lambda: _check_fits(path, flat, like), group)
     into = {name: _empty(x) for name, x in flat.items()}
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    read: Any = state_dict_loader
     try:
         # dcp.load does this, and warns where there is no group.
-        _load_state_dict(into, dcp.FileSystemReader(path), process_group=group, no_dist=group is None, planner=planner)
+        read._load_state_dict(into, FileSystemReader(path), process_group=group, no_dist=group is None, planner=planner)
     except CheckpointException as error:  # no Exception; all processes raise it
         raise RuntimeError(f"the checkpoint {path} could not be read: {_first_failure(error)}") from error
     return trees.from_flat_dict(into, like)
@@ -164,22 +165,16 @@ def _together(f: Callable[[], T], group: Any) -> list[T]:
 
 def _agreed(tree: Any, name: str, group: Any) -> dict[str, Tensor]:
     """The leaves of a tree by their paths, which are the same on all processes."""
-
-    def read() -> tuple[dict[str, Tensor], dict[str, str]]:
-        flat = trees.to_flat_dict(tree)
-        for path, x in flat.items():
-            if x.layout != torch.strided:
-                raise TypeError(f"{path!r} must be a dense tensor, got {x.layout}: call its to_dense()")
-        return flat, {path: _described(x) for path, x in flat.items()}
-
     flat: dict[str, Tensor] = {}
     described: dict[str, str] = {}
 
     def digest() -> str:
-        found, words = read()
-        flat.update(found)
-        described.update(words)
-        return hashlib.sha256(json.dumps([words, _kinds(tree)]).encode()).hexdigest()
+        for path, x in zip(trees.paths(tree), trees.flatten(tree)[0], strict=True):
+            if isinstance(x, Tensor) and x.layout != torch.strided:
+                raise TypeError(f"{path!r} must be a dense tensor, got {x.layout}: call its to_dense()")
+        flat.update(trees.to_flat_dict(tree))
+        described.update({path: _described(x) for path, x in flat.items()})
+        return hashlib.sha256(json.dumps([described, _kinds(tree)]).encode()).hexdigest()
 
     if len({*_together(digest, group)}) > 1:
         every = _together(lambda: described, group)
@@ -198,7 +193,7 @@ def _described(x: Any) -> str:
 
 
 def _kinds(tree: Any) -> dict[str, str]:
-    """The names of the NamedTuples in a tree, and of other containers that are no lists and dicts, by their paths."""
+    """The names of the containers in a tree, by their paths."""
     found: dict[str, str] = {}
     _add_kinds(found, tree, "")
     return found
@@ -208,7 +203,7 @@ def _add_kinds(found: dict[str, str], node: Any, path: str) -> None:
     below = trees.children(node)
     if below is None:
         return
-    found[path] = "" if type(node) in _PLAIN_KINDS else type(node).__name__
+    found[path] = type(node).__name__
     for name, child in below.items():
         _add_kinds(found, child, f"{path}.{name}" if path else name)
 
@@ -271,15 +266,17 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _written(new: _New, staged: dict[str, Tensor], kinds: dict[str, str], group: Any) -> Path:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_saver
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    writer: Any = dcp.FileSystemWriter(new.unfinished, sync_files=True)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = FileSystemWriter(new.unfinished, sync_files=True)
+    write: Any = state_dict_saver
     try:
         # dcp.save does this, and warns where there is no group.
-        metadata = _save_state_dict(staged, writer, process_group=group, no_dist=group is None, planner=planner)
+        metadata = write._save_state_dict(staged, writer, process_group=group, no_dist=group is None, planner=planner)
     except CheckpointException as error:  # no Exception; all processes raise it
         if _is_first():
             shutil.rmtree(new.unfinished, ignore_errors=True)
@@ -347,21 +344,20 @@ def _newest(folder: Path) -> Path:
 
 
 def _check_fits(path: Path, flat: dict[str, Any], like: Any) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     written = json.loads((path / "tree.json").read_text())
     if written["format"] != 1:
         raise ValueError(f"{path} was written by a newer version of optfn: load it with that")
     kinds, own = written["kinds"], _kinds(like)
-    for place in own:
-        if kinds.get(place, own[place]) != own[place]:
-            theirs, ours = (f"a {kind}" if kind else "a plain container" for kind in (kinds[place], own[place]))
-            where = f"at {place!r} " if place else ""
+    for place, ours in own.items():
+        theirs = kinds.get(place, ours)
+        if theirs != ours and not _PLAIN_KINDS.issuperset((theirs, ours)):
+            said = f"at {place!r} the checkpoint has {theirs}, like has {ours}"
             raise ValueError(
-                f"{where}the checkpoint has {theirs}, like has {ours}: it is the state of another transformation; build tx as it "
-                "was when the checkpoint was written"
+                f"{said}: it is the state of another transformation; build tx as it was when the checkpoint was written"
             )
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
     missing, extra = ([repr(name) for name in some if name not in other] for some, other in ((flat, saved), (saved, flat)))
     if missing or extra:
         said = [

@@ -768,7 +768,8 @@ def _placed(new: Tensor, old: Any) -> Any:
     if not is_sharded(old):
         new = whole(new)
         return new if old.is_meta else new.to(old.device)
-    device = old.device_mesh.device_type if old.is_meta else old.device
+    sharded: Any = old
+    device = sharded.device_mesh.device_type if sharded.is_meta else sharded.device
     if is_sharded(new):
         new = new if same_layout(new, old) else placed_as(new, old)
         return new.to(device)
