@@ -186,7 +186,7 @@ def on_four(folder: str) -> dict[Any, float]:
         saved_on(layout, f"{folder}/{layout}", asynchronous=k % 2 == 0)
         written_once(f"{folder}/{layout}")
         flat_both_ways(layout)
-    found = {(a, b): gone_on(f"{folder}/{a}", distributed(b)) for a, b in itertools.pairwise([*LAYOUTS, *LAYOUTS])}
+    found = {(a, b): gone_on(f"{folder}/{a}", distributed(b)) for a, b in itertools.pairwise([*LAYOUTS, "fsdp"])}
     found["plain"] = gone_on(f"{folder}/tp+fsdp")
     Path(f"{folder}/file").touch()
     refused(f"{folder}/fsdp", f"{folder}/file")
