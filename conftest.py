@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the tests."""
     parser.addoption("--generated", type=int, default=16, help="of the fixed cases of the fuzzer, how many are compiled to code")
     parser.addoption("--table", action="store_true", help="also what takes longer than there is time for in every run")
+    parser.addoption("--kills", type=int, default=8, help="how often the process that saves checkpoints is killed")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -28,6 +28,7 @@ __all__ = [
     "entrywise",
     "gathered",
     "group_of",
+    "in_blocks",
     "is_debugging",
     "is_sharded",
     "joint_extremes",
@@ -114,6 +115,12 @@ def _changed_spec(spec: Any, dtype: torch.dtype) -> Any:
     return dataclasses.replace(spec, placements=placements, tensor_meta=spec.tensor_meta._replace(dtype=dtype))
 
 
+@functools.lru_cache(maxsize=4096)
+def _made_spec(spec: Any, placements: tuple[Any, ...], shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Any:
+    meta = type(spec.tensor_meta)(shape, stride, dtype)
+    return type(spec)(spec.mesh, placements, tensor_meta=meta)
+
+
 def numel(x: Tensor) -> int:
     """The entries of the whole tensor, those of a complex one twice."""
     return x.numel() * (2 if x.is_complex() else 1)
@@ -136,9 +143,9 @@ def placed_as(x: Any, home: Any) -> Any:
     return cut(whole(x), home)
 
 
-def cut(x: Tensor, home: Any) -> Any:
-    """A tensor that is whole on every process, with its pieces where those of ``home`` are."""
-    return like(_cut(x, rows_of(home)).clone(), home)
+def cut(x: Tensor, home: Any, device: Any = None) -> Any:
+    """A tensor that is whole on every process, with its pieces where those of ``home`` are; on its own device by default."""
+    return like(_cut(x, rows_of(home)).to(x.device if device is None else device, copy=True), home)
 
 
 def with_dims(piece: Any, home: Any, count: int) -> Any:
@@ -154,9 +161,11 @@ def with_dims(piece: Any, home: Any, count: int) -> Any:
         raise TypeError("a tensor is cut over the processes in a dimension that all of them must have")
     shape = (*piece.shape[:count], *home.shape) if count >= 0 else home.shape[-count:]
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return type(home).from_local(
-        piece, home.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
-    )
+    if torch.is_grad_enabled() and piece.requires_grad:
+        return type(home).from_local(
+            piece, home.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+        )
+    return of_spec(piece, _made_spec(home._spec, placements, torch.Size(shape), tuple(strides), piece.dtype))
 
 
 def has_dims_more(x: Any, home: Any, count: int) -> bool:
@@ -454,6 +463,11 @@ def _as_slice(indices: Sequence[int]) -> Any:
 def rows_of(home: Any) -> Indices:
     """Where the piece of this process lies in the whole tensor."""
     return _pieces(home._spec)[_rank(home)]
+
+
+def in_blocks(home: Any) -> bool:
+    """Whether the piece of every process is a block of the whole tensor, rows and columns without gaps."""
+    return all(isinstance(index, slice) for piece in _pieces(home._spec) for index in piece)
 
 
 def _rank(home: Any) -> int:

@@ -18,7 +18,9 @@ SECONDS = 120
 """How long a function may take on all processes together."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "optfn"])
+_context.set_forkserver_preload(
+    ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "optfn"]
+)
 
 
 def on_processes(function: Callable[..., Any], world: int, *args: Any, seconds: float = SECONDS) -> list[Any]:

@@ -11,6 +11,8 @@ from optfn.core import GradientTransformation, check_transformation
 from optfn.interop.parts import Part, in_order, parts
 from optfn.interop.torch_lbfgs import LBFGS_NAMES, lbfgs_from_torch, lbfgs_to_torch
 from optfn.optimizers.lbfgs import LbfgsState
+from optfn.sharding import is_sharded, local, placed_as, whole
+from optfn.sharding import like as laid_out
 
 __all__ = ["is_torch_state", "load_torch_state", "to_torch_state_dict"]
 
@@ -74,6 +76,9 @@ def load_torch_state(
     a group (``lr``, ``betas``, ...) for hyperparameters of these names that ``tx`` keeps in its state (:func:`inject_hyperparams`).
     A parameter for which torch has no state yet, having had no gradient, gets fresh slots. The state of LBFGS is taken for the
     one :func:`lbfgs` that ``tx`` has.
+
+    Parameters may lie on several processes, as those of ``fully_shard`` do. Then the state lies as they do, whether the state dict
+    has such tensors or whole ones.
 
     Args:
         tx: the transformation, with the options that the optimizer has.
@@ -140,7 +145,7 @@ def load_torch_state(
             raise ValueError(f"torch's state of {names[i]} has {_listed(unknown)}, for which the transformation has no place")
 
     counts = [_count(kept, step) for kept in given.kept]
-    most = step if step is not None else max(int(kept.get("step", 0)) for kept in given.kept)
+    most = step if step is not None else max(int(whole(kept.get("step", 0))) for kept in given.kept)
     counted = step is not None or any("step" in kept for kept in given.kept)
     scheduled = {part.owner for part in places if part.role == "derived"}
     for j, part in enumerate(places):
@@ -169,8 +174,9 @@ def to_torch_state_dict(
         tx: the transformation.
         state: its state.
         params: the parameters.
-        optimizer: the optimizer to load into, or its state dict: it gives the groups and their options. Parameters are matched
-            as in :func:`load_torch_state`. Hyperparameters that the state holds (:func:`inject_hyperparams`) replace the groups'.
+        optimizer: the optimizer to load into, or its state dict, or what ``get_optimizer_state_dict`` gave, flattened or not: it
+            gives the groups and their options, and the result has its form. Parameters are matched as in
+            :func:`load_torch_state`. Hyperparameters that the state holds (:func:`inject_hyperparams`) replace the groups'.
 
     Raises:
         ValueError: the number of parameters differs; ``state`` is not one of ``tx`` for these parameters, or holds
@@ -187,6 +193,9 @@ def to_torch_state_dict(
         (tensor([0.1000]), tensor(1.))
     """
     like = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    flattened = "param_groups" not in like
+    if flattened:
+        like = _nested(like, params)
     owners = _owners(like["param_groups"], params)
     tree.match(tree.flatten(tx.init(params))[1], state, "the state", "tx.init(params)")
     leaves, places = tree.flatten(state)[0], parts(state, params)
@@ -214,7 +223,8 @@ def to_torch_state_dict(
             for n in {owners[i][1] for i in _covered(part, places) or owners}:
                 if part.name in options[n]:
                     _put(options[n], part, x.item())
-    return {"state": {key: kept[key] for key, _ in owners.values() if key in kept}, "param_groups": options}
+    ordered = {key: kept[key] for key, _ in owners.values() if key in kept}
+    return _flattened(ordered, options) if flattened else {"state": ordered, "param_groups": options}
 
 
 def _search(state: Any) -> LbfgsState | None:
@@ -239,14 +249,18 @@ def _taken(x: Any, like: Tensor, what: str) -> Tensor:
         x = x.to_dense()
     if x.shape != like.shape:
         raise ValueError(f"torch's {what} must have shape {tuple(like.shape)}, got {tuple(x.shape)}")
-    return torch.empty_like(like).copy_(x.detach())
+    x = x.detach()
+    if not is_sharded(like):
+        return torch.empty_like(like).copy_(whole(x))
+    piece = local(placed_as(x, like))
+    return laid_out(torch.empty_like(local(like)).copy_(piece), like)
 
 
 def _count(kept: Mapping[str, Any], step: int | None) -> int:
     """The steps of one parameter; where torch does not count them any number above 0 says that there was a first one."""
     if not kept:
         return 0
-    return int(kept["step"]) if "step" in kept else max(step or 1, 1)
+    return int(whole(kept["step"])) if "step" in kept else max(step or 1, 1)
 
 
 def _covered(part: Part, places: list[Part]) -> set[int]:
@@ -331,3 +345,12 @@ def _nested(flat: Mapping[str, Any], params: Any) -> dict[str, Any]:
     if missing := [path for path, group in groups.items() if not group]:
         raise KeyError(f"the state dict has no group for {_listed(missing)}")
     return {"state": state, "param_groups": [{**group, "params": [path], "param_names": [path]} for path, group in groups.items()]}
+
+
+def _flattened(state: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The inverse of :func:`_nested`: each of the groups has one parameter."""
+    flat = {f"state.{key}.{name}": x for key, kept in state.items() for name, x in kept.items()}
+    for group in groups:
+        options = {name: x for name, x in group.items() if name not in ("params", "param_names")}
+        flat.update({f"param_groups.{group['params'][0]}.{name}": x for name, x in options.items()})
+    return flat

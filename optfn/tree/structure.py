@@ -11,7 +11,7 @@ from optree.utils import total_order_sorted
 from torch import Tensor
 
 from optfn import numerics
-from optfn.sharding import entrywise, is_sharded, joint_norms, local, placed_as, whole
+from optfn.sharding import cut, entrywise, is_sharded, joint_norms, local, placed_as, same_layout, whole
 
 __all__ = [
     "cast",
@@ -752,12 +752,14 @@ def to_flat_dict(tree: Any) -> dict[str, Tensor]:
 def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
     """The inverse of :func:`to_flat_dict`: the tensors of ``flat`` in the structure of ``like``.
 
-    Nothing is taken before all of it has been checked.
+    Nothing is taken before all of it has been checked. Where a tensor of ``like`` lies on several processes, the new one lies
+    there as it does, whether ``flat`` has it whole on every process or distributed in any way; where one of ``like`` is plain, the
+    new one is whole. All processes call this together, with the same keys.
 
     Args:
         flat: ``{dotted path: tensor}``, with exactly the leaves of ``like``.
         like: a state of the structure wanted, such as a fresh ``tx.init(params)``; its tensors give shapes,
-            dtypes and devices (a ``meta`` tensor gives no device).
+            dtypes, devices and places (a ``meta`` tensor gives no device).
 
     Raises:
         KeyError: a leaf is missing from ``flat``, or ``flat`` has one that ``like`` lacks; all are listed.
@@ -783,20 +785,33 @@ def from_flat_dict(flat: Mapping[str, Tensor], like: Any) -> Any:
         ]
         raise KeyError(f"the flat dict does not fit: {'; '.join(said)}")
 
-    def take(path: str, old: Any) -> Any:
-        if old is None:
-            return None
-        new: Any = flat[path]
-        if not isinstance(new, Tensor):
-            raise TypeError(f"{path!r} must be a tensor, got {type(new).__name__}")
-        if not isinstance(old, Tensor):
-            return type(old)(new.item())
-        if new.shape != old.shape or new.dtype != old.dtype:
-            wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (old, new))
-            raise ValueError(f"{path!r} must be {wanted}, got {given}")
-        return new if old.is_meta else new.to(old.device)
+    for path, old in named.items():
+        if old is not None:
+            _check_fits(path, flat[path], old)
+    return unflatten(spec, [None if old is None else _placed(flat[path], old) for path, old in named.items()])
 
-    return unflatten(spec, [take(path, x) for path, x in named.items()])
+
+def _check_fits(path: str, new: Any, old: Any) -> None:
+    if not isinstance(new, Tensor):
+        raise TypeError(f"{path!r} must be a tensor, got {type(new).__name__}")
+    if isinstance(old, Tensor) and (new.shape != old.shape or new.dtype != old.dtype):
+        wanted, given = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (old, new))
+        raise ValueError(f"{path!r} must be {wanted}, got {given}")
+
+
+def _placed(new: Tensor, old: Any) -> Any:
+    """A tensor as a leaf that was there: on its device and processes, or as a number."""
+    if not isinstance(old, Tensor):
+        return type(old)(whole(new).item())
+    if not is_sharded(old):
+        new = whole(new)
+        return new if old.is_meta else new.to(old.device)
+    sharded: Any = old
+    device = sharded.device_mesh.device_type if sharded.is_meta else sharded.device
+    if is_sharded(new):
+        new = new if same_layout(new, old) else placed_as(new, old)
+        return new.to(device)
+    return cut(new, old, device)
 
 
 def new_count(params: Any) -> Tensor:
