@@ -538,9 +538,6 @@ def all_refused() -> None:
         tx.update({**params, "w": turned}, state, params)
     with pytest.raises(TypeError, match="'b': the parameter lies on several processes, its update does not"):
         optfn.apply_updates(params, full_params())
-    fast = optfn.compile(lambda params: optfn.tree.scale(0.5, params), donate="params")
-    with pytest.raises(TypeError, match=r"donate: 'params\.b' lies on several processes, which a step that donates does not take"):
-        fast(params)
     wide = distribute_tensor(torch.ones(4, 7).double(), params["w"].device_mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"a piece of shape \(1, 7\) became one of \(4, 7\)"):
         optfn.tree.where(torch.ones(4, 1, dtype=torch.bool), wide, wide)

@@ -169,14 +169,16 @@ def _phases(calls: list[Node], kind: dict[Node, Kind], model: set[Node]) -> dict
         if kind[n] == "tensor" or not computed.isdisjoint(n.all_input_nodes):
             computed.add(n)
     for n in reversed(calls):
-        if n in computed and kind[n] == "scalar" and not is_write(n):
-            latest = min((_before(phase[u], "scalar") for u in n.users if u in phase), default=phase[n])
-            phase[n] = max(p for p in scalars if p <= max(latest, phase[n]))
-        if n in phase and kind[n] == "tensor" and n not in model and not _is_item(n, kind):
-            items = [u for u in n.users if _is_item(u, kind)]
-            users = [u for of in (n, *items) for u in of.users if u in phase and u not in items]
+        if n not in phase or n in model or _is_item(n, kind):
+            continue
+        items = [u for u in n.users if _is_item(u, kind)]
+        users = [u for of in (n, *items) for u in of.users if u in phase and u not in items]
+        if kind[n] == "tensor":
             phase[n] = min((_before(phase[u], "tensor") for u in users), default=last)
-            phase.update(dict.fromkeys(items, phase[n]))
+        elif n in computed and kind[n] == "scalar" and not is_write(n):
+            latest = min((_before(phase[u], "scalar") for u in users), default=phase[n])
+            phase[n] = max(p for p in scalars if p <= max(latest, phase[n]))
+        phase.update(dict.fromkeys(items, phase[n]))
     for n in writes:
         phase[n] = after_readers(n)
     return phase
