@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from optfn.compile.internals import is_collective as is_operator_of_all
 from optfn.compile.internals import is_computed
 
-__all__ = ["Branch", "take_branches"]
+__all__ = ["Branch", "is_collective", "take_branches"]
 
 aten = torch.ops.aten
 _count = itertools.count()
@@ -44,6 +45,13 @@ class Branch:
 
     def __repr__(self) -> str:
         return self.__name__
+
+
+def is_collective(target: Any) -> bool:
+    """Whether processes wait for each other in a call: all of them must make such calls, in one order."""
+    if isinstance(target, Branch):
+        return any(is_collective(n.target) for graph in target.graphs for n in graph.nodes)
+    return is_operator_of_all(target)
 
 
 def take_branches(graph: Graph) -> None:
@@ -76,7 +84,7 @@ def _selects(n: Node, decides: Node) -> bool:
 
 
 def _take(graph: Graph, decides: Node, selects: list[Node], place: dict[Node, int], ends: set[Node]) -> None:
-    alone = [_alone(selects, side, place, ends) for side in (1, 2)]
+    alone = [_alone(decides, selects, side, place, ends) for side in (1, 2)]
     if not any(alone) or {*alone[0]}.intersection(alone[1]):
         return  # there is nothing to save
     results: list[list[Any]] = [[n.args[side] for n in selects] for side in (1, 2)]
@@ -100,15 +108,20 @@ def _take(graph: Graph, decides: Node, selects: list[Node], place: dict[Node, in
         graph.erase_node(n)
 
 
-def _alone(selects: list[Node], side: int, place: dict[Node, int], ends: set[Node]) -> list[Node]:
-    """The calls that nothing needs but one side of the selections, and the checks of what they give."""
+def _alone(decides: Node, selects: list[Node], side: int, place: dict[Node, int], ends: set[Node]) -> list[Node]:
+    """The calls that nothing needs but one side of the selections, and the checks of what they give.
+
+    A call in which processes wait for each other is one of them only if it was written there: one that stands before the predicate
+    is made whatever is taken, on a process that takes the step as it is too.
+    """
     found: set[Node] = set()
     checks: set[Node] = set()
     waiting = [n.args[side] for n in selects]
     while waiting:
         n: Any = waiting.pop()
         needed = all(u in found or u in ends or _only(u, selects, n, side) for u in n.users)
-        if n.op == "call_function" and n not in found and needed:
+        outside = is_collective(n.target) and place[n] < place[decides]
+        if n.op == "call_function" and n not in found and needed and not outside:
             found.add(n)
             checks |= ends.intersection(n.users)
             waiting += n.all_input_nodes

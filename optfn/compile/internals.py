@@ -436,7 +436,7 @@ def is_collective(f: Any) -> bool:
 
 def is_read_off_kind(f: Any) -> bool:
     """Whether a function is the getter of an attribute that is part of a tensor's kind, which is guarded, or a view."""
-    if f is torch.ops.prim.device.default:  # of a tensor whose device is what it pretends to be
+    if f is torch.device or f is torch.ops.prim.device.default:  # a device by its name, that of a tensor that pretends to one
         return True
     of = getattr(f, "__self__", None)
     return getattr(f, "__name__", "") == "__get__" and any(of is vars(torch._C.TensorBase).get(name) for name in _KINDS)  # pyright: ignore

@@ -9,8 +9,8 @@ import torch.fx
 from torch import Tensor
 from torch.fx import Node
 
+from optfn.compile.branches import is_collective
 from optfn.compile.failing import called_first
-from optfn.compile.pieces import is_collective
 
 __all__ = ["Kind", "Phases", "is_write", "model_of", "phases_of"]
 

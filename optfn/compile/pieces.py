@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from optfn.compile import internals
-from optfn.compile.branches import Branch
-from optfn.sharding import is_sharded
+from optfn.sharding import is_debugging, is_sharded
 
-__all__ = ["Pieces", "is_collective"]
+__all__ = ["Pieces"]
 
 
 class Pieces:
@@ -32,13 +31,24 @@ class Pieces:
         self.specs = [x._spec for x in given]
         self.guards = internals.Guards(given) if given else None
         self.world = _world() if given else None
+        self.debugging = bool(given) and is_debugging()
+
+    def are_sums(self) -> bool:
+        """Whether some are sums over processes that are still to be made."""
+        return any(p.is_partial() for spec in self.specs for p in spec.placements)
+
+    def join(self) -> None:
+        """Hold for this group of all processes alone."""
+        self.world = _world()
 
     def of(self, tensors: list[Any]) -> list[Tensor] | None:
         """The pieces of tensors that lie as those of the first call do, plain ones as they are; None if they lie otherwise."""
+        if self.world is not None and _world() is not self.world:
+            return None
         if self.guards is None:
             return tensors
         given = [tensors[i] for i in self.places]
-        if not self.guards.fit(given) or [x._spec for x in given] != self.specs or _world() is not self.world:
+        if not self.guards.fit(given) or [x._spec for x in given] != self.specs or is_debugging() != self.debugging:
             return None
         pieces = list(tensors)
         for i, x in zip(self.places, given, strict=True):
@@ -48,10 +58,3 @@ class Pieces:
 
 def _world() -> Any:
     return torch.distributed.group.WORLD
-
-
-def is_collective(target: Any) -> bool:
-    """Whether processes wait for each other in a call: all of them must make such calls, in one order."""
-    if isinstance(target, Branch):
-        return any(is_collective(n.target) for graph in target.graphs for n in graph.nodes)
-    return internals.is_collective(target)

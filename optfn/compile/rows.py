@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optfn import tree
-from optfn.sharding import local
+from optfn.sharding import is_sharded, local
 
 __all__ = ["is_sparse", "step_on_rows"]
 
@@ -70,7 +70,7 @@ def step_on_rows(
             if isinstance(value, _Table):
                 value.write_to(old)
             elif value is not old:
-                old.copy_(value)
+                _overwrite(old, value)
     return tree.unflatten(spec, new)
 
 
@@ -85,6 +85,16 @@ def _settled(x: Any, target: Tensor | None, memory: set[int]) -> Any:
 
 def _memory(x: Tensor) -> int:
     return local(x).untyped_storage().data_ptr()
+
+
+def _overwrite(old: Any, value: Any) -> None:
+    """Write a tensor into another one, of which each process writes its piece."""
+    if not is_sharded(old):
+        old.copy_(value)
+        return
+    local(old).copy_(local(value))
+    if not old.is_inference():
+        torch.autograd.graph.increment_version([old])
 
 
 class _Step:

@@ -19,6 +19,7 @@ from optfn.checks import check_step
 from optfn.compile import backend as backend_of_regions
 from optfn.compile import internals, rows
 from optfn.compile.backend import EagerError
+from optfn.compile.branches import is_collective
 from optfn.compile.closure import Bindings, bindings, same_number
 from optfn.compile.donation import Memory, check_memory, donated_arguments, replacements
 from optfn.compile.donation import copy as copied
@@ -405,7 +406,11 @@ class _Call:
             return
         self.memory, self.held, self.outside, self.bindings = memory, traced.constants, outside, bindings
         self.guards = internals.Guards([*tensors, *outside])
+        if any(is_collective(n.target) for n in traced.graph.nodes):
+            self.pieces.join()
         self.counted = [j for j in self.donated if not tensors[j].is_inference()]
+        sharded = {*self.pieces.places}
+        self.counted_whole = [j for j in self.donated if j in sharded and not given_tensors[j].is_inference()]
         self.results = _write(traced.graph, targets)
         self.specs = [(i, specs[i]) for i, r in enumerate(self.results) if i in specs and not isinstance(r, int)]
         self.result_structure = result_structure
@@ -417,8 +422,8 @@ class _Call:
         found = self.program([*pieces, *self.held])
         # The kernels write to memory, of which autograd knows nothing.
         torch.autograd.graph.increment_version([pieces[j] for j in self.counted])
-        if pieces is not tensors:
-            torch.autograd.graph.increment_version([tensors[j] for j in self.counted])
+        if self.counted_whole:
+            torch.autograd.graph.increment_version([tensors[j] for j in self.counted_whole])
         results = [tensors[r] if isinstance(r, int) else found[r[0]] for r in self.results]
         for i, spec in self.specs:
             results[i] = of_spec(results[i], spec)
@@ -537,6 +542,8 @@ class _Calls:
         known = bindings(self.fn, call.structure.classes)
         if known is None:
             return "it reads something besides its arguments that may change unseen"
+        if call.pieces.are_sums():
+            return "some are sums over processes that are still to be made, gradients perhaps"
         # Sizes or numbers that change from call to call are Dynamo's: it makes one graph for all of them.
         if any(call.varies(other) for other in self.calls):
             return "sizes of what is not donated, or numbers, differ from those of an earlier call: give numbers as 0-dim tensors"
@@ -546,7 +553,8 @@ class _Calls:
             call.record(self.fn, self.signature, self.names, leaves, known)
         except Exception as error:  # Dynamo can do more, or says why not
             internals.log.debug("%s is left to Dynamo", self.fn, exc_info=True)
-            return str(error)
+            moved = "setup_context" in str(error)  # of torch's function that moves such tensors
+            return "a tensor lies otherwise than what it meets, gradients than parameters perhaps" if moved else str(error)
         return None if call.program is not None else "tensors that it reads share memory, or are negative or conjugate in name only"
 
     def _rebinds(self, given: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode  # pyright: ignore[reportPrivateUsage]
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # pyright: ignore[reportPrivateUsage]
 
 from optfn.tree.structure import map
 
@@ -62,7 +62,7 @@ def decided(pred: bool | Tensor) -> bool:
     """
     if isinstance(pred, bool):
         return True
-    if torch.compiler.is_compiling() or pred.is_meta or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or pred.is_meta or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
         return False
     functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] - torch 2.13 has no other way
     while functorch.is_functorch_wrapped_tensor(pred):
