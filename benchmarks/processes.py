@@ -249,16 +249,8 @@ def main(argv: list[str] | None = None) -> int:
             cells.append(_bytes(statistics.fmean(x["received"] for x in found[DEPTHS[-1]])))
         rows.append(f"| `{name}` | {_calls(calls[0])} | {' | '.join(cells)} |")
         lines.append(f"| `{name}` | " + " | ".join(_bytes(by_formula(name, of_a_model(), world)) for world in DEVICES) + " |")
-    text = [*HEAD, f"| | in one step | {' | '.join(f'{w} processes' for w in WORLDS)} |", "|---|---|" + "---|" * len(WORLDS), *rows]
-    text += [
-        "",
-        *FORMULA,
-        "",
-        f"| | {' | '.join(f'{w:,} devices' for w in DEVICES)} |",
-        "|---|" + "---|" * len(DEVICES),
-        *lines,
-        "",
-    ]
+    text = [HEAD.format(depth=DEPTHS[-1]), _head("in one step", *(f"{world} processes" for world in WORLDS)), *rows]
+    text += [FORMULA, _head(*(f"{devices:,} devices" for devices in DEVICES)), *lines]
     if "muon for matrices + adamw" in names:
         text += [MUON, *_of_muon(counted)]
     if args.rounds:
