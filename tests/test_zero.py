@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from meshes import full_grads, full_params, whole
 from processes import on_processes
-from test_processes import ALL, EXTRA, VALUES, WRAPPERS, Net, adamw, aliases, difference, is_matrix, net
+from test_processes import ALL, EXTRA, SEARCHES, VALUES, WRAPPERS, Net, adamw, aliases, difference, is_matrix, net
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -62,7 +62,10 @@ SOME = (
 def every_transformation() -> dict[str, Any]:
     """Every alias, and wrappers of each kind: what is shown entries, norms, sums over leaves, or whole tensors."""
     found: dict[str, Any] = {}
+    handed_more = {*SEARCHES, "dpsgd"}  # functions, the gradients of examples
     for name, make in {**aliases(), **{name: WRAPPERS[name] for name in SOME}}.items():
+        if name in handed_more:
+            continue
         found[name] = apart(make, shard_state(make(), mesh()), **({"value": VALUES} if name in EXTRA else {}))
     return found
 
