@@ -121,15 +121,20 @@ def said(name: str, depth: int) -> dict[str, int]:
     return dict(found)
 
 
+# They look at the parameters themselves, and run as they are, with a warning.
+NOT_COMPILED = {"scale_by_lbfgs", "zoom, the start and one trial"}
+SAID = {name: counts for name, (_, counts) in COUNTS.items() if name not in NOT_COMPILED}
+
+
 def all_said() -> dict[Any, dict[str, int]]:
     with torch.no_grad(), interpreted():
-        return {(name, depth): said(name, depth) for name in COUNTS for depth in (2, 4)}
+        return {(name, depth): said(name, depth) for name in SAID for depth in (2, 4)}
 
 
 @pytest.mark.slow
 def test_programs_say_what_the_steps_say() -> None:
     for found in on_processes(all_said, 4):
-        assert found == {(name, depth): COUNTS[name][1] for name in COUNTS for depth in (2, 4)}
+        assert found == {(name, depth): counts for name, counts in SAID.items() for depth in (2, 4)}
 
 
 def in_order() -> list[str]:
