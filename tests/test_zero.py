@@ -62,7 +62,8 @@ SOME = (
 def every_transformation() -> dict[str, Any]:
     """Every alias, and wrappers of each kind: what is shown entries, norms, sums over leaves, or whole tensors."""
     found: dict[str, Any] = {}
-    handed_more = {*SEARCHES, "dpsgd"}  # functions, the gradients of examples
+    # Functions, the gradients of examples; and lbfgs, whose state has another form on one process.
+    handed_more = {*SEARCHES, "dpsgd", "lbfgs"}
     for name, make in {**aliases(), **{name: WRAPPERS[name] for name in SOME}}.items():
         if name in handed_more:
             continue
