@@ -4,7 +4,6 @@ A rule is never shown such a tensor: it sees the piece where entries are all tha
 is decided from global metadata, which is the same on all processes, so that none waits for another in vain.
 """
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -23,12 +22,14 @@ __all__ = [
     "Shares",
     "all_reduced",
     "check_agreement",
+    "copied_as",
     "cut",
     "drawn",
     "entrywise",
     "gathered",
     "group_of",
     "in_blocks",
+    "is_ascending",
     "is_debugging",
     "is_sharded",
     "joint_extremes",
@@ -42,6 +43,7 @@ __all__ = [
     "replicas",
     "rows_of",
     "same_layout",
+    "stand_in",
     "whole",
     "with_dims",
 ]
@@ -72,7 +74,7 @@ def local(x: Any) -> Any:
 
 
 def _settled(x: Any) -> tuple[Any, ...]:
-    """The placements of a tensor once its sums over processes are made: then all of them have the total."""
+    """The placements of a tensor, or of a spec, once its sums over processes are made: then all of them have the total."""
     if not any(p.is_partial() for p in x.placements):
         return x.placements
     from torch.distributed.tensor import Replicate
@@ -90,9 +92,18 @@ def like(piece: Any, home: Any) -> Any:
     if not is_sharded(home) or not isinstance(piece, Tensor):
         return piece
     if torch.is_grad_enabled() and piece.requires_grad:
-        placements = _settled(home)
-        return type(home).from_local(piece, home.device_mesh, placements, run_check=False, shape=home.shape, stride=home.stride())
-    return of_spec(piece, _spec_of(home._spec, piece.dtype))
+        return _recorded(piece, home, _settled(home), home.shape, home.stride())
+    spec = home._spec
+    if spec.tensor_meta.dtype != piece.dtype or any(p.is_partial() for p in spec.placements):
+        spec = _spec(spec, _settled(spec), spec.shape, spec.stride, piece.dtype)
+    return of_spec(piece, spec)
+
+
+def _recorded(piece: Tensor, home: Any, placements: tuple[Any, ...], shape: Sequence[int], stride: Sequence[int]) -> Any:
+    """A piece as a tensor on the mesh of another one, through which there is a derivative."""
+    return type(home).from_local(
+        piece, home.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+    )
 
 
 def of_spec(piece: Tensor, spec: Any) -> Any:
@@ -100,25 +111,10 @@ def of_spec(piece: Tensor, spec: Any) -> Any:
     return sys.modules["torch.distributed.tensor"].DTensor(piece, spec, requires_grad=False)
 
 
-def _spec_of(spec: Any, dtype: torch.dtype) -> Any:
-    """The spec of a tensor of a dtype with its pieces where another one's are once its sums over processes are made."""
-    if spec.tensor_meta.dtype == dtype and not any(p.is_partial() for p in spec.placements):
-        return spec
-    return _changed_spec(spec, dtype)
-
-
 @functools.lru_cache(maxsize=4096)
-def _changed_spec(spec: Any, dtype: torch.dtype) -> Any:
-    from torch.distributed.tensor import Replicate
-
-    placements = tuple(Replicate() if p.is_partial() else p for p in spec.placements)
-    return dataclasses.replace(spec, placements=placements, tensor_meta=spec.tensor_meta._replace(dtype=dtype))
-
-
-@functools.lru_cache(maxsize=4096)
-def _made_spec(spec: Any, placements: tuple[Any, ...], shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Any:
-    meta = type(spec.tensor_meta)(shape, stride, dtype)
-    return type(spec)(spec.mesh, placements, tensor_meta=meta)
+def _spec(spec: Any, placements: tuple[Any, ...], shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """The spec of another tensor on the mesh of one."""
+    return type(spec)(spec.mesh, placements, tensor_meta=type(spec.tensor_meta)(shape, stride, dtype))
 
 
 def numel(x: Tensor) -> int:
@@ -148,6 +144,17 @@ def cut(x: Tensor, home: Any, device: Any = None) -> Any:
     return like(_cut(x, rows_of(home)).to(x.device if device is None else device, copy=True), home)
 
 
+def stand_in(x: Any) -> Any:
+    """What has the shape of a tensor that lies on several processes, without its numbers; any other tensor as it is."""
+    return local(x).new_zeros(()).expand(x.shape) if is_sharded(x) else x
+
+
+def copied_as(x: Tensor, home: Any) -> Any:
+    """A copy of a tensor in memory of its own, with dtype and device of ``home``, that lies where ``home`` does."""
+    here = placed_as(x, home) if is_sharded(home) else whole(x)
+    return like(torch.empty_like(local(home)).copy_(local(here)), home)
+
+
 def with_dims(piece: Any, home: Any, count: int) -> Any:
     """A piece that has more dimensions in front than ``home``, by ``count``, or fewer; all processes have all of these.
 
@@ -160,12 +167,10 @@ def with_dims(piece: Any, home: Any, count: int) -> Any:
     if any(hasattr(p, "dim") and p.dim < 0 for p in placements):
         raise TypeError("a tensor is cut over the processes in a dimension that all of them must have")
     shape = (*piece.shape[:count], *home.shape) if count >= 0 else home.shape[-count:]
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     if torch.is_grad_enabled() and piece.requires_grad:
-        return type(home).from_local(
-            piece, home.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
-        )
-    return of_spec(piece, _made_spec(home._spec, placements, torch.Size(shape), tuple(strides), piece.dtype))
+        return _recorded(piece, home, placements, shape, stride)
+    return of_spec(piece, _spec(home._spec, placements, torch.Size(shape), stride, piece.dtype))
 
 
 def has_dims_more(x: Any, home: Any, count: int) -> bool:
@@ -238,10 +243,10 @@ def joint_sums(sums: Sequence[Tensor], homes: Sequence[Any]) -> list[Tensor]:
     places = [k for k, h in enumerate(homes) if is_sharded(h)]
     if not places:
         return list(sums)
-    device, group = sums[places[0]].device, group_of([homes[k] for k in places])
+    device, shares = sums[places[0]].device, Shares([homes[k] for k in places])
     # Float64, so that counts are exact; complex sums as two. Equal pieces count once.
-    parts = [widened_scalar(as_real(sums[k]).reshape(-1)).to(device) / replicas(homes[k], group) for k in places]
-    totals = all_reduced(torch.cat(parts), group).split([len(part) for part in parts])
+    wide = [widened_scalar(as_real(sums[k]).reshape(-1)).to(device) for k in places]
+    totals = shares.totals(*(x / part for x, part in zip(wide, shares.parts, strict=True)))
     found = list(sums)
     for k, total in zip(places, totals, strict=True):
         x = sums[k]
@@ -274,13 +279,18 @@ def joint_extremes(values: Sequence[Tensor], homes: Sequence[Any], *, largest: b
     sign = 1 if largest else -1
     device = values[places[0]].device
     flat = torch.stack([sign * widened_scalar(values[k]).to(device) for k in places])
-    nan = flat.isnan()  # which of two a maximum takes is not said where one is NaN
-    parts = torch.cat([torch.where(nan, -math.inf, flat), nan.to(flat.dtype)])
-    top, nan = all_reduced(parts, group_of([homes[k] for k in places]), "max").chunk(2)
+    top = sign * _greatest(flat, group_of([homes[k] for k in places]))
     found = list(values)
-    for k, x in zip(places, torch.where(nan > 0, math.nan, sign * top).unbind(), strict=True):
+    for k, x in zip(places, top.unbind(), strict=True):
         found[k] = x.to(values[k].dtype).to(values[k].device)
     return found
+
+
+def _greatest(x: Tensor, group: Any) -> Tensor:
+    """Of a vector on each process, entry by entry the largest; NaN where one is."""
+    nan = x.isnan()  # which of two a maximum takes is not said where one is NaN
+    top, nan = all_reduced(torch.cat([torch.where(nan, -math.inf, x), nan.to(x.dtype)]), group, "max").chunk(2)
+    return torch.where(nan > 0, math.nan, top)
 
 
 class Shares:
@@ -288,7 +298,7 @@ class Shares:
 
     Attributes:
         group: the processes on which these tensors have pieces; None where all tensors are plain.
-        parts: of each tensor, how many processes add the same.
+        parts: of each tensor, how many processes add the same; one that is None has no entries.
 
     Example:
         >>> Shares([torch.ones(2)]).totals(torch.tensor(3.0), torch.ones(2))
@@ -320,9 +330,7 @@ class Shares:
         if self.group is None:
             return x.max()
         top = x.max() if x.numel() else x.new_zeros(())
-        nan = top.isnan()  # which of two a maximum takes is not said where one is NaN
-        top, nan = all_reduced(torch.stack([torch.where(nan, 0, top), nan.to(top.dtype)]), self.group, "max").unbind()
-        return torch.where(nan > 0, math.nan, top)
+        return _greatest(top.reshape(1), self.group).reshape(())
 
 
 def all_reduced(x: Tensor, group: Any, op: str = "sum") -> Tensor:
@@ -381,6 +389,11 @@ def _mesh(mesh: Any) -> Mesh:
 def _mesh_of(mesh: Any, world: Any) -> Mesh:
     distributed: Any = torch.distributed
     ranks = _ranks(mesh)
+    if not is_ascending(mesh):
+        raise ValueError(
+            f"the processes of a mesh must be in ascending order along each of its dimensions, got {mesh.mesh.tolist()}: tensors "
+            "lie there in another order than the mesh says (torch 2.13)"
+        )
     if mesh.ndim == 1:
         group = mesh.get_group()
     elif sorted(ranks) == [*range(distributed.get_world_size())]:
@@ -390,6 +403,11 @@ def _mesh_of(mesh: Any, world: Any) -> Mesh:
     order = distributed.get_process_group_ranks(group)
     places = {rank: tuple((mesh.mesh == rank).nonzero()[0].tolist()) for rank in ranks}
     return Mesh(group, len(order), order.index(distributed.get_rank()), tuple(places[rank] for rank in order))
+
+
+def is_ascending(mesh: Any) -> bool:
+    """Whether processes are in ascending order along each dimension: torch (2.13) takes pieces in that order."""
+    return all(bool((mesh.mesh.diff(dim=d) > 0).all()) for d in range(mesh.ndim))
 
 
 @functools.cache

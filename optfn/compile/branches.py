@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from optfn.compile.internals import is_collective as is_operator_of_all
-from optfn.compile.internals import is_computed
+from optfn.compile.internals import is_collective_operator, is_computed
 
 __all__ = ["Branch", "is_collective", "take_branches"]
 
@@ -51,7 +50,7 @@ def is_collective(target: Any) -> bool:
     """Whether processes wait for each other in a call: all of them must make such calls, in one order."""
     if isinstance(target, Branch):
         return any(is_collective(n.target) for graph in target.graphs for n in graph.nodes)
-    return is_operator_of_all(target)
+    return is_collective_operator(target)
 
 
 def take_branches(graph: Graph) -> None:

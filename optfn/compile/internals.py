@@ -32,7 +32,7 @@ __all__ = [
     "fake_of",
     "function_modes",
     "guarded",
-    "is_collective",
+    "is_collective_operator",
     "is_narrow",
     "is_of_transforms",
     "is_operator",
@@ -426,10 +426,10 @@ def is_operator(f: Any) -> bool:
     names = getattr(f, "__globals__", None)
     if names is not None and any(names is vars(module) for module in (torch.functional, torch.nn.functional)):
         return True
-    return f in _operators() or f is torch.ops.optfn.decides.default or is_collective(f)
+    return f in _operators() or f is torch.ops.optfn.decides.default or is_collective_operator(f)
 
 
-def is_collective(f: Any) -> bool:
+def is_collective_operator(f: Any) -> bool:
     """Whether a function is an operator in which processes wait for each other."""
     return isinstance(f, OpOverload) and f.namespace == "_c10d_functional"
 

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optfn import tree
 from optfn.compile import internals
-from optfn.compile.branches import is_collective
 from optfn.compile.failing import strict
 from optfn.compile.watch import NotTraceableError, Watch
 from optfn.sharding import is_sharded
@@ -121,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         flat, spec = optree.tree_flatten((args, kwargs), none_is_leaf=True)  # type: ignore[arg-type]
         flat = [self.node(x) if isinstance(x, Tensor) else x for x in flat]
         key = (func, spec, *((type(x), repr(x) if isinstance(x, float) else x) for x in flat))  # 0.0 == -0.0
-        if key in self.known and not is_collective(func) and func is not torch.ops.optfn.decides.default:
+        if key in self.known and not internals.is_collective_operator(func) and func is not torch.ops.optfn.decides.default:
             # Autograd, where the function uses it, wants a tensor of its own for each call.
             return optree.tree_map(lambda x: self.alias(x) if isinstance(x, Tensor) else x, self.known[key])
         try:

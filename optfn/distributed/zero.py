@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optfn import tree
 from optfn.core import GradientTransformation, check_transformation, in_form, transformation
-from optfn.sharding import cut, gathered, is_sharded
+from optfn.sharding import cut, gathered, is_ascending, is_sharded
 
 __all__ = ["check_mesh", "shard_state"]
 
@@ -64,9 +64,8 @@ def shard_state(tx: GradientTransformation, mesh: Any) -> GradientTransformation
     """
     check_transformation(tx, "shard_state", "shard_state(tx, mesh)")
     check_mesh("shard_state", mesh)
-    ranks = mesh.mesh.tolist()
-    if ranks != sorted(ranks):  # torch (2.13) itself takes pieces in that order when it gathers them
-        raise ValueError(f"shard_state: the processes of the mesh must be in ascending order, got {ranks}")
+    if not is_ascending(mesh):
+        raise ValueError(f"shard_state: the processes of the mesh must be in ascending order, got {mesh.mesh.tolist()}")
 
     def pieces(of: Any, name: str) -> Any:
         found, spec = tree.checked(of, f"shard_state: {name}")

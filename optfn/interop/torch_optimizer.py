@@ -19,8 +19,7 @@ from optfn.interop.parts import Part, parts
 from optfn.interop.torch_state import is_torch_state, load_torch_state
 from optfn.minimize import descend
 from optfn.optimizers.lbfgs import LbfgsState
-from optfn.sharding import like as laid_out_as
-from optfn.sharding import local, placed_as, same_layout
+from optfn.sharding import copied_as, local, placed_as, same_layout
 from optfn.wrappers.hyperparams import inject_hyperparams
 
 __all__ = ["TorchOptimizer"]
@@ -644,7 +643,7 @@ class _Group:
                 shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 whose = "" if part.leaf is None else f" of parameter {tree.paths(self.params)[part.leaf]!r}"
                 raise ValueError(f"{part.path!r}{whose} must have shape {tuple(like.shape)}, got {shape}")
-            return laid_out_as(torch.empty_like(local(like)).copy_(local(placed_as(found, like))), like)
+            return copied_as(found, like)
 
         self.flat = [choose(part, like) for part, like in zip(self.parts, fresh, strict=True)]
         self.state = tree.unflatten(self.state_spec, self.flat)

@@ -11,8 +11,7 @@ from optfn.core import GradientTransformation, check_transformation
 from optfn.interop.parts import Part, in_order, parts
 from optfn.interop.torch_lbfgs import LBFGS_NAMES, lbfgs_from_torch, lbfgs_to_torch
 from optfn.optimizers.lbfgs import LbfgsState
-from optfn.sharding import is_sharded, local, placed_as, whole
-from optfn.sharding import like as laid_out
+from optfn.sharding import copied_as, whole
 
 __all__ = ["is_torch_state", "load_torch_state", "to_torch_state_dict"]
 
@@ -249,11 +248,7 @@ def _taken(x: Any, like: Tensor, what: str) -> Tensor:
         x = x.to_dense()
     if x.shape != like.shape:
         raise ValueError(f"torch's {what} must have shape {tuple(like.shape)}, got {tuple(x.shape)}")
-    x = x.detach()
-    if not is_sharded(like):
-        return torch.empty_like(like).copy_(whole(x))
-    piece = local(placed_as(x, like))
-    return laid_out(torch.empty_like(local(like)).copy_(piece), like)
+    return copied_as(x.detach(), like)
 
 
 def _count(kept: Mapping[str, Any], step: int | None) -> int:

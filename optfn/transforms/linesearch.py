@@ -469,13 +469,13 @@ class _Line:
     """The points along updates, and what is found there as numbers of one dtype."""
 
     def __init__(self, params: Any, updates: Any, like: Tensor) -> None:
-        leaves = aligned(updates, params)
-        self.spec = leaves.spec
+        self.leaves = aligned(updates, params)
+        self.spec = self.leaves.spec
         self.params = tree.map(Tensor.detach, params)
-        self.updates = [None if u is None else u.detach() for u in leaves.grads]
+        self.updates = [None if u is None else u.detach() for u in self.leaves.grads]
         self.like = like.detach()
-        self.pieces = as_pieces(leaves)
-        self.shares = Shares([h for h in self.pieces.homes or () if h is not None])
+        self.pieces = as_pieces(self.leaves)
+        self.shares = Shares(self.pieces.homes or ())
 
     def at(self, step: Tensor) -> Any:
         """The parameters after a step, as :func:`optfn.apply_updates` makes them of the scaled updates."""
@@ -495,22 +495,12 @@ class _Line:
 
     def slope(self, grad: Any) -> Tensor:
         """The derivative along the updates; a leaf that does not move, or has no gradient, adds nothing."""
-        if self.shares.group is not None:
-            return self.share_of_slope(grad)
         total, grads = torch.zeros_like(self.like), tree.match(self.spec, grad, "grad", "params")
-        for u, g in zip(self.updates, grads, strict=True):
+        pieces = as_pieces(self.leaves._replace(grads=grads)).grads
+        for i, (u, g) in enumerate(zip(self.pieces.grads, pieces, strict=True)):
             if u is not None and g is not None:
-                total = total + (as_real(u).to(total.dtype) * as_real(g.detach()).to(total.dtype)).sum().to(total.device)
-        return total
-
-    def share_of_slope(self, grad: Any) -> Tensor:
-        """What the pieces that are here add to the derivative along the updates."""
-        total, parts = torch.zeros_like(self.like), iter(self.shares.parts)
-        moved = as_pieces(aligned(grad, self.params))
-        for u, g, p in zip(self.pieces.grads, moved.grads, moved.owners, strict=True):
-            part = 1 if p is None else next(parts)
-            if u is not None and g is not None:
-                total = total + (as_real(u).to(total.dtype) * as_real(g.detach()).to(total.dtype)).sum().to(total.device) / part
+                product = (as_real(u.detach()).to(total.dtype) * as_real(g.detach()).to(total.dtype)).sum().to(total.device)
+                total = total + (product if self.shares.group is None else product / self.shares.parts[i])
         return total
 
     def like_params(self, grad: Any) -> Any:
