@@ -16,7 +16,7 @@ from optfn import tree
 from optfn.checks import check_no_state, check_state, not_its_state, require, rule_name
 from optfn.core import GradientTransformation, on_devices, transformation
 from optfn.numerics import as_complex, as_real, compute_dtype, norm, real_dtype
-from optfn.sharding import cut, is_sharded, like, local, same_layout, whole
+from optfn.sharding import cut, is_sharded, like, local, same_layout, stand_in, whole
 from optfn.sweep import Each, Extent, Leaves, Needs, Owners, Sweep, as_pieces, joint_totals, swept
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "leafwise",
     "lifted",
     "stateless_with_tree_map",
+    "told",
 ]
 
 Sparse = Literal["error", "dense", "values"]
@@ -343,6 +344,47 @@ class _Together(_Alone):
     def laid_out(self, directions: list[Any]) -> list[Any]:
         pieces = directions if self.owners is None else self.owners.sent_back(directions)
         return [like(x, home) for x, home in zip(pieces, self.leaves.homes or (), strict=True)]
+
+
+def told(
+    tx: GradientTransformation,
+    leaves: Leaves,
+    state: LeafwiseState,
+    shown: Callable[[Tensor, Any], Tensor],
+    marks: list[Any],
+    size: Callable[[Tensor], Sequence[int]],
+) -> tuple[list[Any], LeafwiseState]:
+    """An update by a lifted rule whose answer is not like the leaf; where a leaf lies on several processes, all have the answer.
+
+    Args:
+        tx: what :func:`leafwise` gave, of a rule that does not read the parameter; its state has nothing in the shape of a leaf.
+        leaves: the pieces.
+        state: its state.
+        shown: ``shown(g, mark)``, what the rule is shown of a whole gradient.
+        marks: of each leaf, what ``shown`` is handed; None for a leaf that is not shown.
+        size: the shape of an answer, of what is shown.
+
+    Returns:
+        The answers, None for a leaf that is not shown, and the new state.
+    """
+    pairs = zip(leaves.laid_out(), marks, strict=True)
+    seen = [None if g is None or mark is None else shown(stand_in(g), mark) for g, mark in pairs]
+    if leaves.homes is None:
+        updates, state = tx.update(tree.unflatten(leaves.spec, seen), state)
+        return tree.flatten(updates)[0], state
+    sweep: Sweep = begin_of(tx)(Leaves(tree.unflatten(leaves.spec, seen), None, seen, [None] * len(seen), leaves.spec, seen), state)
+    slots: Any = sweep.slots
+    away = [None if x is None else g for x, g in zip(seen, leaves.grads, strict=True)]
+    for i, g in enumerate(away):
+        if g is not None and not g.is_floating_point():  # the lift says so on the owner alone
+            raise TypeError(f"{_where(sweep.rule, leaves.updates, i)} must have a real gradient, got {g.dtype}")
+    owners = Owners([], leaves._replace(grads=away), away, reads=False)
+    answers = {i: [sweep.each(i, shown(owners.grads[i], marks[i]), None), *slots.now[i]] for i in owners.mine}
+    likes = {i: [x.new_empty(size(x)), *slots.homes[i]] for i, x in enumerate(seen) if x is not None}
+    found: list[Any] = [None] * len(seen)
+    for i, (found[i], *kept) in owners.told(answers, likes).items():
+        slots.now[i] = type(slots.homes[i])(*kept)
+    return found, sweep.end()
 
 
 def _marks(per_leaf: Callable[[Any], list[Any]], leaves: Leaves) -> list[Any]:

@@ -702,7 +702,7 @@ def test_lines_of_code() -> None:
 
 LONGER = {
     "optimizers.lbfgs": 240,  # a line search besides the rules, and one vector in place of leaves
-    "optimizers.galore": 92,  # a projection there and back around another transformation, and by owners on several processes
+    "optimizers.galore": 70,  # a projection there and back around another transformation
     "optimizers.sam": 60,  # two modes: a round in one update, or spread over several
 }
 

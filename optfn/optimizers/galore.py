@@ -9,13 +9,13 @@ from optfn import tree
 from optfn.checks import alias, check_state, integer, number
 from optfn.compose import chain, negate_if
 from optfn.core import GradientTransformation, check_transformation, transformation
-from optfn.leafwise import aligned, begin_of, check_dense, leafwise
+from optfn.leafwise import aligned, check_dense, leafwise, told
 from optfn.matrices import GaLoreDimensionNumbers, as_matrices, as_tensor, matrix_shape, numbers_of
 from optfn.numerics import Scalar, compute_dtype
 from optfn.optimizers.adam import scale_by_adam
 from optfn.schedules import ScalarOrSchedule
-from optfn.sharding import is_sharded, local, placed_as
-from optfn.sweep import Leaves, Owners, as_pieces
+from optfn.sharding import placed_as, stand_in
+from optfn.sweep import as_pieces
 from optfn.transforms.decay import add_decayed_weights
 from optfn.transforms.scaling import scale_by_learning_rate
 
@@ -110,28 +110,23 @@ def scale_by_galore(
 
     projected = leafwise(first_projector, project, at_step=at_step, complex_="error")
 
+    def size(x: Tensor) -> tuple[int, ...]:
+        return (*x.shape[:-2], min(rank, x.shape[-1]), x.shape[-1])
+
     def init(params: Any) -> GaLoreState:
         leaves, spec = tree.checked(params, "scale_by_galore: params")
-        tall = [None if n is None else _tall(_stand_in(p), n) for p, n in zip(leaves, numbers_of(params, given), strict=True)]
-        low = [
-            p if x is None else x.new_zeros(*x.shape[:-2], min(rank, x.shape[-1]), x.shape[-1])
-            for p, x in zip(leaves, tall, strict=True)
-        ]
+        tall = [None if n is None else _tall(stand_in(p), n) for p, n in zip(leaves, numbers_of(params, given), strict=True)]
+        low = [p if x is None else x.new_zeros(size(x)) for p, x in zip(leaves, tall, strict=True)]
         return GaLoreState(projected.init(tree.unflatten(spec, tall)), base.init(tree.unflatten(spec, low)))
 
     def update(updates: Any, state: GaLoreState, params: Any = None, **extra: Any) -> tuple[Any, GaLoreState]:
         check_state("scale_by_galore", state, GaLoreState)
-        leaves = aligned(updates, params)
+        leaves = as_pieces(aligned(updates, params))
         check_dense("scale_by_galore", leaves)
         numbers = numbers_of(updates if params is None else params, given)
-        pieces = as_pieces(leaves)
-        pairs = list(zip(pieces.laid_out(), numbers, strict=True))
-        tall = tree.unflatten(leaves.spec, [None if g is None or n is None else _tall(_stand_in(g), n) for g, n in pairs])
-        if pieces.homes is None:
-            low, projection = projected.update(tall, state.projection)
-        else:
-            low, projection = _on_owners(projected, tall, pieces, numbers, state.projection)
-        shown = [g if n is None else x for (g, n), x in zip(pairs, tree.flatten(low)[0], strict=True)]
+        pairs = list(zip(leaves.laid_out(), numbers, strict=True))
+        low, projection = told(projected, leaves, state.projection, _tall, numbers, size)
+        shown = [g if n is None else x for (g, n), x in zip(pairs, low, strict=True)]
         try:
             new, base_state = base.update(tree.unflatten(leaves.spec, shown), state.base_optimizer_state, None, **extra)
         except TypeError as error:
@@ -140,7 +135,7 @@ def scale_by_galore(
             raise TypeError(
                 f"scale_by_galore hands its base no params: decay outside of it, galore(weight_decay=...) ({error})"
             ) from error
-        projectors = iter(tree.leaves(tree.map(lambda x, kept: kept, tall, *projection.slots)))
+        projectors = iter(tree.leaves(tree.map(lambda x, kept: kept, tree.unflatten(leaves.spec, low), *projection.slots)))
         moved = zip(pairs, tree.flatten(new)[0], strict=True)
         directions = [u if u is None or n is None else _back(scale, next(projectors), u, g, n) for (g, n), u in moved]
         return tree.unflatten(leaves.spec, directions), GaLoreState(projection, base_state)
@@ -153,30 +148,6 @@ def _numbers(given: Any) -> Any:
     if given is None:
         return lambda path, p: GaLoreDimensionNumbers() if p.ndim == 2 else None
     return (lambda path, p: given if p.ndim >= 2 else None) if isinstance(given, GaLoreDimensionNumbers) else given
-
-
-def _stand_in(x: Any) -> Any:
-    """What has the shape of a tensor that lies on several processes, without its numbers; any other tensor as it is."""
-    return local(x).new_zeros(()).expand(x.shape) if is_sharded(x) else x
-
-
-def _on_owners(projected: GradientTransformation, tall: Any, pieces: Leaves, numbers: list[Any], state: Any) -> tuple[Any, Any]:
-    """The projection where matrices lie on several processes: each is projected by its owner, which tells all others."""
-    shapes, spec = tree.flatten(tall)
-    pieces = pieces._replace(grads=[None if x is None else g for x, g in zip(shapes, pieces.grads, strict=True)])
-    for path, g in zip(tree.paths(pieces.updates), pieces.grads, strict=True):
-        if g is not None and not g.is_floating_point():
-            raise TypeError(f"scale_by_galore: {path!r} must have a real gradient, got {g.dtype}")
-    sweep: Any = begin_of(projected)(Leaves(tall, None, shapes, [None] * len(shapes), spec, shapes), state)
-    kept = sweep.slots.homes
-    owners = Owners([], pieces, pieces.grads, reads=False)
-    answers = {i: [sweep.each(i, _tall(owners.grads[i], numbers[i]), None), *sweep.slots.now[i]] for i in owners.mine}
-    sizes = {i: (*x.shape[:-2], kept[i].projector.shape[-1], x.shape[-1]) for i, x in enumerate(shapes) if x is not None}
-    likes = {i: [shapes[i].new_empty(size), *kept[i]] for i, size in sizes.items()}
-    low: list[Any] = [None] * len(shapes)
-    for i, (low[i], projector) in owners.told(answers, likes).items():
-        sweep.slots.now[i] = GaLoreSlots(projector)
-    return tree.unflatten(spec, low), sweep.end()
 
 
 def _tall(x: Tensor, numbers: GaLoreDimensionNumbers) -> Tensor:
