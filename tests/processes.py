@@ -5,7 +5,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 SECONDS = 120
 """How long a function may take on all processes together."""
@@ -45,6 +47,37 @@ def on_processes(function: Callable[..., Any], world: int, *args: Any, seconds: 
             for process in started:
                 process.kill()
                 process.join()
+
+
+def each(checks: Iterable[Callable[[], Any]]) -> dict[str, Any]:
+    """By its name what each check gives without recording for autograd, or the trace of its error; then the next one runs too."""
+    found: dict[str, Any] = {}
+    for check in checks:
+        try:
+            with torch.no_grad():
+                found[check.__name__] = check()
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+    return found
+
+
+def of(answers: list[dict[str, Any]], check: Callable[[], Any]) -> list[Any]:
+    """What one of them gave on each process."""
+    found = [answer[check.__name__] for answer in answers]
+    for x in found:
+        assert not isinstance(x, str), x
+    return found
+
+
+def named_counts(mode: CommDebugMode) -> dict[str, int]:
+    """How many collectives of each name there were: ``all_reduce``, ``all_to_all``, ``all_gather``."""
+    found: Counter[str] = Counter()
+    for op, count in mode.get_comm_counts().items():
+        name = str(op).rsplit(".", 1)[-1]
+        for more in ("_single", "_into_tensor", "_"):
+            name = name.removesuffix(more)
+        found[name] += count
+    return dict(found)
 
 
 def _answers(ranks: dict[Any, int], started: list[Any], seconds: float) -> list[Any]:

@@ -1,7 +1,6 @@
 """Many steps of each process by itself, and one of all together: against the paper's Algorithm 1 with optimizers of torch."""
 
 import itertools
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from meshes import full_params, whole
-from processes import on_processes
+from processes import each, of, on_processes
 from test_processes import difference
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -287,13 +286,7 @@ def refused() -> None:
 
 
 def all_checks() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for check in (together, from_elsewhere, of_pieces, refused):
-        try:
-            with torch.no_grad():
-                found[check.__name__] = check()
-        except Exception:
-            found[check.__name__] = traceback.format_exc()
+    found = each((together, from_elsewhere, of_pieces, refused))
     return optfn.tree.map(lambda x: x.numpy() if isinstance(x, Tensor) else x, found)
 
 
@@ -305,13 +298,6 @@ def answers() -> list[dict[str, Any]]:
 
 def tensors(x: Any) -> Any:
     return optfn.tree.map(lambda y: torch.as_tensor(y) if hasattr(y, "dtype") else y, x)
-
-
-def of(answers: list[dict[str, Any]], check: Callable[[], Any]) -> list[Any]:
-    found = [answer[check.__name__] for answer in answers]
-    for x in found:
-        assert not isinstance(x, str), x
-    return found
 
 
 @pytest.mark.slow

@@ -2,15 +2,15 @@
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from meshes import LAYOUTS, SHAPES, distributed, full_grads, full_params, layout_of, whole
-from processes import on_processes
+from processes import named_counts, on_processes
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -477,7 +477,7 @@ COUNTS: dict[str, tuple[Callable[[], optfn.GradientTransformation], dict[str, in
 }
 
 
-def counted(name: str, depth: int) -> Counter[str]:
+def counted(name: str, depth: int) -> dict[str, int]:
     from torch.distributed.device_mesh import init_device_mesh
 
     params = big(depth, init_device_mesh("cpu", (4,)))
@@ -488,14 +488,11 @@ def counted(name: str, depth: int) -> Counter[str]:
         with CommDebugMode() as mode:
             updates, _ = tx.update(params, state, params, value=1.0, grad=params, value_and_grad_fn=lambda p: (1.0, p))
             optfn.apply_updates(params, updates)
-    found: Counter[str] = Counter()
-    for op, count in mode.get_comm_counts().items():
-        found[str(op).rsplit(".", 1)[-1].removesuffix("_single").removesuffix("_")] += count
-    return found
+    return named_counts(mode)
 
 
 def all_counted() -> dict[Any, Any]:
-    return {(name, depth): dict(counted(name, depth)) for name in COUNTS for depth in (2, 4)}
+    return {(name, depth): counted(name, depth) for name in COUNTS for depth in (2, 4)}
 
 
 @pytest.mark.slow
@@ -541,6 +538,9 @@ def all_refused() -> None:
     wide = distribute_tensor(torch.ones(4, 7).double(), params["w"].device_mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"a piece of shape \(1, 7\) became one of \(4, 7\)"):
         optfn.tree.where(torch.ones(4, 1, dtype=torch.bool), wide, wide)
+    backwards = {"w": distribute_tensor(torch.ones(4, 4), DeviceMesh("cpu", [1, 0, 3, 2]), [Shard(0)])}
+    with pytest.raises(ValueError, match="the processes of a mesh must be in ascending order along each of its dimensions"):
+        optfn.scale_by_muon().update(backwards, optfn.scale_by_muon().init(backwards), backwards)
     cut = {"w": distribute_tensor(torch.ones(4, 7, 4).double(), params["w"].device_mesh, [Shard(0)])}
     with pytest.raises(TypeError, match="'w' is cut in its first dimension, that of the examples"):
         optfn.per_example_global_norm_clip(cut, 1.0)

@@ -13,7 +13,7 @@ from optfn.core import GradientTransformation, added, transformation
 from optfn.leafwise import leafwise, stateless_with_tree_map
 from optfn.numerics import Scalar, norm, ratio, unravel
 from optfn.schedules import ScalarOrSchedule, as_time
-from optfn.sharding import like, local, with_dims
+from optfn.sharding import entrywise, like, local, with_dims
 from optfn.vectors import Vectors
 
 __all__ = ["LbfgsState", "ScaleByLBFGSState", "lbfgs", "scale_by_lbfgs"]
@@ -372,10 +372,12 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Gr
         likes = [p if x is None else x for x, p in zip(grads, owners, strict=True)]
         parts = zip(grads, unravel(d, [local(x) for x in likes]), owners, strict=True)
         directions = [None if x is None else like(u, p) for x, u, p in parts]
-        now = [
-            [b if x is None else a.to(b.dtype, copy=True) for x, a, b in zip(grads, new, old, strict=True)]
-            for new, old in ((owners, before), (grads, last))
-        ]
+
+        def copied(g: Any, new: Any, old: Any) -> Any:
+            return old if g is None else entrywise(lambda x: x.to(old.dtype, copy=True), new)
+
+        pairs_of = ((owners, before), (grads, last))
+        now = [[copied(*row) for row in zip(grads, new, old, strict=True)] for new, old in pairs_of]
         memory = [vectors.laid_out(unravel(x, [local(b) for b in before]), 1) for x in (s_all, y_all)]
         new = ScaleByLBFGSState._make((state.count + 1, *(tree.unflatten(spec, x) for x in now), *memory, weights))
         return tree.unflatten(spec, directions), new
