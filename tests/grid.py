@@ -114,6 +114,14 @@ SIGNS = Declared("signs are exact in float32 too", AssertionError, "rounded to f
 NO_NUMBER = Declared("it has no hyperparameter", AssertionError, "nothing depends on h")
 AVERAGED = Declared("every parameter is averaged, one that sits the step out too", AssertionError, "average.c has changed")
 RESET = Declared("the fast state begins anew as a whole", AssertionError, "has changed")
+ALL_TAKE_PART = {
+    "none": Declared(
+        "a leaf that sits the step out has an update of 0: on another process it may have moved",
+        AssertionError,
+        r"where False = all\(",
+    ),
+    "meta": Declared("the count is on the CPU, so that to look at it waits for no accelerator", AssertionError, "is_meta"),
+}
 ONE_STEP_COUNT = dict.fromkeys(
     ("none", "none_param", "empty_leaf"),
     Declared("one vector has one step count", AssertionError, "step: The values for attribute 'shape' do not match"),
@@ -649,6 +657,11 @@ ROWS = [
     wrapper("lookahead", lambda tx: optfn.lookahead(tx, 2, 0.5)),
     Row(
         "lookahead.reset", lambda h: optfn.lookahead(optfn.sgd(0.1, momentum=0.9), 2, h, reset_state=True), 0.3, but={"none": RESET}
+    ),
+    wrapper(
+        "local_steps",
+        lambda tx: optfn.distributed.local_steps(tx, optfn.sgd(lr=0.7, momentum=0.9, nesterov=True), every=2),
+        but=ALL_TAKE_PART,
     ),
     wrapper("conditionally_transform", lambda tx: optfn.conditionally_transform(tx, lambda step: step != 1)),
     wrapper("conditionally_mask", lambda tx: optfn.conditionally_mask(tx, lambda step: step != 1)),
